@@ -1,0 +1,102 @@
+"""A deployment: every knob of how a model is served, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+SHIPPED_MODEL = str(Path(__file__).resolve().parent.parent / "data" / "models" / "ledger-r1")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a model is served. Two deployments are compared fairly when they differ in one field.
+
+    Fields are checked on construction; a wrong value raises ValueError naming the field and what it may be.
+    """
+
+    model: str = SHIPPED_MODEL
+    """A Hugging Face directory or hub id."""
+    engine: Literal["transformers", "labkit"] = "labkit"
+    """``transformers`` serves with ``generate`` in static padded batches, ``labkit`` with the engine of this project."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["eager", "sdpa"] = "sdpa"
+    """``eager`` materialises the scores (``transformers`` engine only), ``sdpa`` is PyTorch's fused kernels."""
+    batching: Literal["static", "dynamic", "continuous"] = "continuous"
+    """Static: whatever waits, up to ``max_batch``, runs to its end. Dynamic: the same, after waiting up to
+    ``batch_window_ms`` for a full batch. Continuous: requests join and leave at every step."""
+    max_batch: int = 256
+    """Most requests in one step."""
+    batch_window_ms: float = 50.0
+    token_budget: int = 2048
+    """Most tokens in one step under continuous batching (prefill chunks and decode together)."""
+    chunked_prefill: bool = True
+    """Whether a prompt may be split over steps and mixed with decode; if not, a prompt is prefilled in a step of its own."""
+    kv_block_size: int = 16
+    """Tokens in one KV block."""
+    kv_blocks: int | None = None
+    """KV blocks in all; None sizes them from the memory that is free."""
+    max_context: int | None = None
+    """Most tokens of prompt and answer together; None takes the model's own limit."""
+    max_queue: int | None = None
+    """Requests that may wait before new ones are refused with 429; None admits all."""
+    transport: Literal["http/1.1"] = "http/1.1"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if getattr(hint, "__origin__", None) is Literal and value not in get_args(hint):
+                raise ValueError(f"{field.name} must be one of {', '.join(get_args(hint))}; got {value!r}")
+        for name, least in (("max_batch", 1), ("token_budget", 1), ("kv_block_size", 1), ("kv_blocks", 1), ("max_context", 2)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+        if self.max_queue is not None and self.max_queue < 0:
+            raise ValueError(f"max_queue must be at least 0 or absent; got {self.max_queue!r}")
+        if not 0 <= self.batch_window_ms <= 60_000:
+            raise ValueError(f"batch_window_ms must be between 0 and 60000; got {self.batch_window_ms!r}")
+        if self.engine == "labkit" and self.attention == "eager":
+            raise ValueError("attention 'eager' belongs to the transformers engine; the labkit engine takes 'sdpa'")
+        if self.engine == "transformers" and self.batching != "static":
+            raise ValueError("the transformers engine batches statically; batching must be 'static'")
+
+    @classmethod
+    def as_first_deployed(cls, model: str = SHIPPED_MODEL, **knobs: Any) -> Deployment:
+        """The bank's first deployment: ``transformers`` ``generate``, eager attention, float32, static batches of up to 32
+        padded to the longest, one at a time, HTTP/1.1, no admission control."""
+        first = cls(
+            model=model,
+            engine="transformers",
+            dtype="float32",
+            attention="eager",
+            batching="static",
+            max_batch=32,
+        )
+        return replace(first, **knobs)
+
+    def differs_in(self, other: Deployment) -> dict[str, tuple[Any, Any]]:
+        """The knobs in which two deployments differ: name -> (here, there)."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Deployment:
+        """Raises ValueError for text that is no JSON object or names a knob that does not exist."""
+        try:
+            knobs = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a deployment is a JSON object; {error}") from error
+        if not isinstance(knobs, dict):
+            raise ValueError("a deployment is a JSON object of knob: value")
+        unknown = set(knobs) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"no such knob: {', '.join(sorted(unknown))}")
+        return cls(**knobs)
