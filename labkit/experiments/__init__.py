@@ -1,0 +1,1 @@
+"""Runs, metrics, the ladder, claims and verdicts."""
