@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -20,6 +23,177 @@ app = typer.Typer(
 @app.callback()
 def _options() -> None:
     """An optimisation lab for LLM inference."""
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Directory for the model.")] = Path("build/ledger-r1"),
+    preset: Annotated[str, typer.Option(help="ledger-r1 (how the shipped model is trained) or article.")] = "ledger-r1",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds at most, compiling included.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    betas: Annotated[tuple[float, float] | None, typer.Option(help="AdamW betas.")] = None,
+    eps: Annotated[float | None, typer.Option(help="AdamW epsilon.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay of the matrices.")] = None,
+    warm_up: Annotated[int | None, typer.Option(help="Steps of rising learning rate.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a micro-batch.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch, instead of --batch-tokens.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Micro-batches in a step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data and initial weights.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe.")] = True,
+    compile_steps: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile; by default on CUDA.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Processes that write documents; by default all cores but two.")] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="Directory for checkpoints; OUT-checkpoints by default.")] = None,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    checkpoint_every_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides.")] = None,
+    runs: Annotated[Path, typer.Option(help="Run store, for the loss curve.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+) -> None:
+    """Train the ledger model from nothing, or go on where a training was killed."""
+    import torch
+
+    from labkit.training.options import preset as make_options
+    from labkit.training.trainer import train as run_training
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = make_options(
+        preset, steps=steps, max_seconds=max_seconds, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, warm_up=warm_up,
+        schedule=schedule, clip=clip, batch_tokens=batch_tokens, micro_batch=micro_batch, accumulate=accumulate, seed=seed,
+        device=device, autocast=autocast, checkpoint_every_s=checkpoint_every, checkpoint_every_steps=checkpoint_every_steps,
+        compile=device.startswith("cuda") if compile_steps is None else compile_steps,
+        processes=max(0, (os.cpu_count() or 1) - 2) if processes is None else processes,
+    )  # fmt: skip
+    run_training(options, out, checkpoints or out.with_name(out.name + "-checkpoints"), runs, resume, say=lambda line: print(line, flush=True))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Directory of a ledger model.")],
+    problems: Annotated[int, typer.Option(help="Problems per bucket.")] = 1000,
+    buckets: Annotated[str, typer.Option(help="Buckets, separated by commas.")] = "short,medium,long",
+    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    result: Annotated[Path | None, typer.Option(help="JSON file for the account.")] = None,
+) -> None:
+    """Ask a ledger model unseen problems and count the exactly right answers."""
+    import torch
+
+    from labkit.training.evaluate import evaluate as run_evaluation
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    run_evaluation(model, problems, buckets.split(","), seed, device, dtype, result, say=lambda line: print(line, flush=True))
+
+
+@app.command()
+def load(
+    url: Annotated[str, typer.Argument(help="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000.")],
+    users: Annotated[int | None, typer.Option(help="Closed loop: so many users, each waiting for an answer before asking again.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Open loop instead: so many requests per second, whatever the server does.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Measured requests (40 unless a duration or a trace is given).")] = None,
+    duration: Annotated[float | None, typer.Option(help="Or measured seconds.")] = None,
+    arrivals: Annotated[str | None, typer.Option(help="Open loop: poisson (default), constant or bursty.")] = None,
+    cv: Annotated[float, typer.Option(help="Bursty: coefficient of variation of the gaps.")] = 3.0,
+    trace: Annotated[str | None, typer.Option(help="JSONL of requests: t (s), and bucket or prompt (with answer, max_tokens).")] = None,
+    think: Annotated[float, typer.Option(help="Closed loop: seconds between an answer and the next request.")] = 0.0,
+    ramp: Annotated[float, typer.Option(help="Seconds over which users or rate rise; not measured.")] = 0.0,
+    warm_up: Annotated[float, typer.Option(help="Seconds after the ramp that are not measured.")] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed (the article's client: 5).")] = 60.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    mix: Annotated[str, typer.Option(help="Percent of short/medium/long prompts.")] = "60/30/10",
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Ask for streamed answers.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Model to ask for; the server's first by default.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LABKIT_API_KEY", help="Bearer token.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Client processes; as many as the traffic needs by default.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Measure the client itself afterwards (some 5 s).")] = True,
+    name: Annotated[str, typer.Option(help="Name of the run.")] = "load",
+    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+) -> None:
+    """Send traffic (prompts of the ledger task) to a server, print what it did, and keep the run.
+
+    labkit load http://127.0.0.1:8000 --users 8 --requests 40
+
+    labkit load http://127.0.0.1:8000 --rate 5 --duration 60 --warm-up 10
+    """
+    from labkit.experiments.record import record_load
+    from labkit.experiments.store import RunStore
+    from labkit.experiments.summary import summary_text
+    from labkit.traffic.progress import showing_progress
+    from labkit.traffic.workload import Workload, parse_mix
+
+    if sum(given is not None for given in (users, rate, trace)) > 1:
+        raise UserError("give one of --users (closed loop), --rate (open loop) and --trace")
+    if arrivals is not None and rate is None:
+        raise UserError("--arrivals says how an open loop's requests come; give it with --rate")
+    kind = "trace" if trace else "closed" if rate is None else (arrivals or "poisson")
+    if requests is None and duration is None and trace is None:
+        requests = 40
+    try:
+        workload = Workload(
+            name=name, mix=parse_mix(mix), arrivals=kind, users=users if users is not None else 8,  # type: ignore[arg-type]
+            think_s=think, rate=rate if rate is not None else 1.0, cv=cv, trace=trace, requests=requests, duration_s=duration,
+            ramp_s=ramp, warmup_s=warm_up, timeout_s=timeout, max_tokens=max_tokens, stream=stream, seed=seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    store = RunStore(runs)
+    for rest in store.unfinished():
+        print(f"labkit: an earlier run did not end: {rest}", file=sys.stderr)
+    try:
+        with showing_progress(name) as progress:
+            run = record_load(
+                url, workload, store, model, api_key=api_key, processes=processes, calibrated=calibrate, progress=progress
+            )
+    except KeyboardInterrupt:
+        print("labkit: interrupted; nothing of this run was kept", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(summary_text(run))
+    print(f"kept as {run.path}")
+
+
+@app.command()
+def run(
+    notebooks: Annotated[list[Path] | None, typer.Argument(help="Notebooks to execute; by default all.")] = None,
+    profile: Annotated[str | None, typer.Option(help="quick, cpu or h200; by default LABKIT_PROFILE or quick.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds a notebook may take.")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="name=value, the value YAML.")] = None,
+    folder: Annotated[Path, typer.Option(help="Directory of the notebooks.")] = Path("notebooks"),
+    out: Annotated[Path, typer.Option(help="Directory for what comes of them.")] = Path("runs"),
+) -> None:
+    """Execute notebooks headless, each under a time limit; the others still run when one fails."""
+    from labkit.report.execute import find_notebooks, run_notebooks
+    from labkit.report.parameters import parse
+    from labkit.report.profiles import load_profile
+    from labkit.report.progress import summary
+
+    chosen, given = load_profile(profile), parse(parameter or [])
+    executions = run_notebooks(find_notebooks(notebooks or [], folder), chosen, out, given, timeout)
+    summary(executions, sys.stdout)
+    if any(execution.status != "succeeded" for execution in executions):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Option(help="Directory that `labkit run` filled.")] = Path("runs"),
+    site: Annotated[Path, typer.Option(help="Directory for the site; what is in it is replaced.")] = Path("site"),
+    show: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Build the offline site from the executed notebooks."""
+    from labkit.report.site import build
+
+    index = build(runs, site)
+    print(f"the report is at {index.absolute().as_uri()}")
+    if show:
+        import webbrowser
+
+        webbrowser.open(index.absolute().as_uri())
 
 
 def main() -> None:

@@ -1,0 +1,115 @@
+"""The shipped model's directory: what plain ``transformers`` loads, written file by file with the configuration last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from labkit.errors import UserError
+from labkit.files import write_atomic, writing_atomic
+from labkit.training.network import Network, Shape
+from labkit.training.tokenizer import CONTEXT, END_OF_TEXT, TURN_END, write_tokenizer
+
+# a part stays below what file hosts and mail gateways take without asking
+_PART_BYTES = 14 * 10**6
+
+
+def write_model(network: Network, tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes weights (bf16 safetensors, parts of at most 14 MB), tokenizer and configuration. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in network.named_parameters()}
+    _write_weights(weights, directory)
+    write_tokenizer(tokenizer, directory)
+    generation = {
+        "do_sample": False,
+        "eos_token_id": tokenizer.token_to_id(TURN_END),
+        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "max_new_tokens": 256,
+    }
+    write_atomic(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    write_atomic(directory / "config.json", json.dumps(model_config(network.shape, tokenizer), indent=2) + "\n")
+
+
+def _write_weights(weights: dict[str, torch.Tensor], directory: Path) -> None:
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    for name, value in weights.items():
+        if parts[-1] and sum(part.nbytes for part in parts[-1].values()) + value.nbytes > _PART_BYTES:
+            parts.append({})
+        parts[-1][name] = value
+    for stale in directory.glob("model*.safetensors*"):
+        stale.unlink()
+    names = {}
+    for number, part in enumerate(parts, start=1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        names |= dict.fromkeys(part, file)
+        with writing_atomic(directory / file) as beside:
+            save_file(part, beside, metadata={"format": "pt"})
+            beside.chmod(0o644)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(value.nbytes for value in weights.values())}, "weight_map": names}
+        write_atomic(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def model_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, object]:
+    """The ``config.json`` of a Qwen2 model of this shape, with the rope base where old and new readers look for it."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": shape.context,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_theta": shape.rope_theta, "rope_type": "default"},
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.token_to_id(TURN_END),
+        "pad_token_id": tokenizer.token_to_id(END_OF_TEXT),
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+
+
+def read_model(directory: Path) -> tuple[Network, Tokenizer]:
+    """Reads back what ``write_model`` wrote, weights bf16 on the CPU. Raises UserError if it is not such a directory."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} holds no model (no config.json); give the directory that `labkit train --out` wrote")
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("model_type") != "qwen2" or not config.get("tie_word_embeddings"):
+        raise UserError(f"{directory} is no ledger model (wanted qwen2 with tied embeddings)")
+    shape = Shape(
+        vocabulary=config["vocab_size"],
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        intermediate=config["intermediate_size"],
+        context=config.get("max_position_embeddings", CONTEXT),
+        rope_theta=config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
+        norm_eps=config["rms_norm_eps"],
+    )
+    network = Network(shape).to(torch.bfloat16)
+    network.cos, network.sin = network.cos.float(), network.sin.float()
+    weights: dict[str, torch.Tensor] = {}
+    try:
+        for file in sorted(directory.glob("model*.safetensors")):
+            weights |= load_file(file)
+        network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the weights in {directory} are damaged or incomplete: {reason}; train or copy it again") from error
+    return network, Tokenizer.from_file(str(directory / "tokenizer.json"))

@@ -1,0 +1,98 @@
+"""Everything that a training can be told, and the two presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from labkit.errors import UserError
+from labkit.training.network import Shape
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of ``train``.
+
+    A training ends after ``steps`` optimizer steps or ``max_seconds`` (compiling included, over all sittings), whichever
+    comes first; the schedule follows the fraction of the one that is nearer its end. ``micro_batch`` is in sequences; None
+    takes ``batch_tokens`` divided by the sequence length. ``warm_up`` is in steps, times in seconds, ``final_lr`` a fraction
+    of ``lr``. ``shares`` is how often each bucket (short, medium, long) is drawn at the start and after a quarter.
+    """
+
+    steps: int | None = None
+    max_seconds: float | None = None
+    lr: float = 1.5e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.1
+    warm_up: int = 200
+    schedule: str = "cosine"
+    final_lr: float = 0.01
+    clip: float = 1.0
+    batch_tokens: int = 73728
+    micro_batch: int | None = None
+    accumulate: int = 1
+    first_shares: tuple[float, float, float] = (0.75, 0.2, 0.05)
+    shares: tuple[float, float, float] = (0.36, 0.32, 0.32)
+    seed: int = 1
+    processes: int = 0
+    device: str = "cpu"
+    autocast: bool = True
+    compile: bool = False
+    checkpoint_every_s: float = 60.0
+    checkpoint_every_steps: int | None = None
+    probe_every_s: float = 75.0
+    report_every_s: float = 10.0
+    curve_every: int = 20
+    shape: Shape = Shape()
+
+    def checked(self) -> TrainOptions:
+        """Itself. Raises UserError naming the first option that cannot be."""
+        _require(self.steps is not None or self.max_seconds is not None, "give --steps or --max-seconds, or both")
+        _require(self.steps is None or self.steps >= 1, "--steps must be at least 1")
+        _require(self.max_seconds is None or self.max_seconds > 0, "--max-seconds must be above 0")
+        _require(0 < self.lr < 1, "--lr must lie between 0 and 1")
+        _require(all(0 <= beta < 1 for beta in self.betas), "--betas must lie between 0 and 1")
+        _require(self.eps > 0, "--eps must be above 0")
+        _require(self.weight_decay >= 0, "--weight-decay must be 0 or more")
+        _require(self.warm_up >= 0, "--warm-up must be 0 or more")
+        _require(self.schedule in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}")
+        _require(self.clip > 0, "--clip must be above 0")
+        _require(self.batch_tokens >= 1024, "--batch-tokens must be at least 1024")
+        _require(self.micro_batch is None or self.micro_batch >= 1, "--micro-batch must be at least 1")
+        _require(self.accumulate >= 1, "--accumulate must be at least 1")
+        _require(self.processes >= 0, "--processes must be 0 or more")
+        _require(self.checkpoint_every_s > 0, "--checkpoint-every must be above 0 seconds")
+        return self
+
+
+PRESETS = {
+    # how the shipped model is trained
+    "ledger-r1": TrainOptions(),
+    # the fine-tuning recipe of the article that the lab follows; far too small a rate to learn the task from nothing
+    "article": TrainOptions(lr=3e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, micro_batch=16, accumulate=8),
+}
+
+
+def preset(name: str, **changes: object) -> TrainOptions:
+    """The preset with ``changes``, those that are None aside. Raises UserError for a name that is none."""
+    if name not in PRESETS:
+        raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None}).checked()
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Raises UserError if the disk that holds ``directory`` has fewer than ``needed`` bytes free."""
+    import shutil
+
+    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(f"{directory} has {free / 1e6:.0f} MB free and the training needs {needed / 1e6:.0f} MB; make room or name another directory")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
