@@ -1,0 +1,1 @@
+"""Tables, figures, widgets, executing notebooks, and the site."""
