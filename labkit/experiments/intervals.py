@@ -56,7 +56,9 @@ def percentile(values: Iterable[float], q: float, unit: str = "", confidence: fl
     alpha = 1 - confidence
     below = np.cumsum(np.exp(_binomial_log_pmf(n, q / 100)))  # below[k] = P(B <= k)
     lower = int(np.searchsorted(below, alpha / 2, side="right"))  # the first k with P(B <= k) > alpha / 2
-    upper = int(np.searchsorted(below, 1 - alpha / 2, side="left")) + 1  # P(B >= u) <= alpha/2  <=>  P(B <= u-1) >= 1-alpha/2
+    upper = (
+        int(np.searchsorted(below, 1 - alpha / 2, side="left")) + 1
+    )  # P(B >= u) <= alpha/2  <=>  P(B <= u-1) >= 1-alpha/2
     rank = math.ceil(round(n * q / 100, 9))
     return Estimate(
         float(ordered[rank - 1]),

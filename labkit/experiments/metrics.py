@@ -19,8 +19,9 @@ from labkit.experiments.intervals import Estimate, bootstrap, bootstrap_pooled_p
 Window = tuple[float, float]
 Clock = Literal["scheduled", "sent"]
 
-SLICES = 20
-"""Into so many equal parts a window is cut to see how much a throughput varies."""
+SLICES = (5, 20)
+"""Into how many equal parts, at least and at most, a window is cut to see how much a throughput varies. In between, a part
+is as long as a mean answer takes, so that the waves in which batches end do not pass for variation."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def itl(table: pd.DataFrame, window: Window, q: float = 95, per_token: bool = Fa
 def throughput(table: pd.DataFrame, window: Window) -> Estimate:
     """Whole answers that ended inside the window / its length. Requests per second; interval over the window's slices."""
     ends = _done(table)["end"].to_numpy(dtype=float)
-    return _rate(ends, np.ones(len(ends)), window, "requests/s")
+    return _rate(ends, np.ones(len(ends)), window, _slices(table, window), "requests/s")
 
 
 def token_throughput(table: pd.DataFrame, window: Window) -> Estimate:
@@ -169,13 +170,13 @@ def token_throughput(table: pd.DataFrame, window: Window) -> Estimate:
         tokens.append(chunk_tokens * (max(total, seen) / seen if seen else 1.0))
     if not times:
         return Estimate(math.nan, math.nan, math.nan, 0, "tokens/s")
-    return _rate(np.concatenate(times), np.concatenate(tokens), window, "tokens/s")
+    return _rate(np.concatenate(times), np.concatenate(tokens), window, _slices(table, window), "tokens/s")
 
 
 def goodput(table: pd.DataFrame, window: Window, slo: SLO) -> Estimate:
     """Whole answers within the SLO that ended inside the window / its length. Requests per second."""
     ends = table[_within(table, slo)]["end"].to_numpy(dtype=float)
-    return _rate(ends, np.ones(len(ends)), window, "requests/s")
+    return _rate(ends, np.ones(len(ends)), window, _slices(table, window), "requests/s")
 
 
 def attainment(table: pd.DataFrame, window: Window, slo: SLO) -> Estimate:
@@ -257,12 +258,18 @@ def _within(table: pd.DataFrame, slo: SLO) -> pd.Series:
     return good
 
 
-def _rate(times: np.ndarray, weights: np.ndarray, window: Window, unit: str) -> Estimate:
+def _slices(table: pd.DataFrame, window: Window) -> int:
+    least, most = SLICES
+    mean = float((table["end"] - table["scheduled"]).mean()) if len(table) else math.nan
+    return max(least, min(most, math.floor((window[1] - window[0]) / mean))) if mean > 0 else most
+
+
+def _rate(times: np.ndarray, weights: np.ndarray, window: Window, slices: int, unit: str) -> Estimate:
     begin, end = window
     if end <= begin:
         return Estimate(math.nan, math.nan, math.nan, 0, unit)
     inside = (times >= begin) & (times <= end)
-    counts, _ = np.histogram(times[inside], bins=SLICES, range=window, weights=weights[inside])
-    spread = bootstrap(counts * SLICES / (end - begin), unit)
+    counts, _ = np.histogram(times[inside], bins=slices, range=window, weights=weights[inside])
+    spread = bootstrap(counts * slices / (end - begin), unit)
     total = float(weights[inside].sum()) / (end - begin)
     return Estimate(total, spread.low, spread.high, int(inside.sum()), unit)

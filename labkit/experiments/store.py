@@ -149,7 +149,9 @@ class RunStore:
         if not self.root.is_dir():
             return []
         paths = [path for path in self.root.iterdir() if path.is_dir() and UNFINISHED not in path.name]
-        return sorted(paths, key=lambda path: (path / "manifest.json").stat().st_mtime if (path / "manifest.json").exists() else 0)
+        return sorted(
+            paths, key=lambda path: (path / "manifest.json").stat().st_mtime if (path / "manifest.json").exists() else 0
+        )
 
     def _try(self, path: Path) -> Run | UserError:
         try:
@@ -182,7 +184,9 @@ class Draft:
             os.replace(self.path, self.target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"the disk is full: the run could not be written under {self.target.parent}; nothing was kept") from error
+                raise UserError(
+                    f"the disk is full: the run could not be written under {self.target.parent}; nothing was kept"
+                ) from error
             raise UserError(f"the run could not be written to {self.target}: {error.strerror or error}") from error
         self.finished = True
         return Run(self.target, manifest)

@@ -169,7 +169,15 @@ class _Exchange:
         """The HTTP response is complete; whether the answer is, shows here."""
         status, record = self.parser.status, self.record
         if status != 200:
-            kind = "shed" if status in (429, 503) else "4xx" if 400 <= status < 500 else "5xx" if status >= 500 else "protocol"
+            kind = (
+                "shed"
+                if status in (429, 503)
+                else "4xx"
+                if 400 <= status < 500
+                else "5xx"
+                if status >= 500
+                else "protocol"
+            )
             try:
                 message = _error_message(json.loads(self._body))
             except ValueError:
@@ -189,7 +197,11 @@ class _Exchange:
         if record.finish_reason == "error":
             self.fail("stream_error", "the server ended the answer with finish_reason 'error'", now)
         elif not self._saw_done or not record.finish_reason:
-            self.fail("truncated", "the stream ended without " + ("[DONE]" if record.finish_reason else "a finish_reason"), now)
+            self.fail(
+                "truncated",
+                "the stream ended without " + ("[DONE]" if record.finish_reason else "a finish_reason"),
+                now,
+            )
         else:
             self._end(now)
 
@@ -290,7 +302,9 @@ class Client:
                 return connection, True
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(min(CONNECT_TIMEOUT_S, timeout_s)):
-            _, connection = await loop.create_connection(_Connection, self._target.host, self._target.port, ssl=self._tls)
+            _, connection = await loop.create_connection(
+                _Connection, self._target.host, self._target.port, ssl=self._tls
+            )
         return connection, False
 
     async def _exchange(self, connection: _Connection, payload: bytes, record: Record, deadline: float) -> None:

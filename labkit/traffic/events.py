@@ -42,7 +42,13 @@ def events_table(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
         for t_s, tokens, part in record["chunks"]:
             add("chunk", t_s, tokens, detail=part)
         if record["failure"]:
-            add("failed", record["end"], sum(n for _, n, _ in record["chunks"]), detail=record["failure"], text=record["message"])
+            add(
+                "failed",
+                record["end"],
+                sum(n for _, n, _ in record["chunks"]),
+                detail=record["failure"],
+                text=record["message"],
+            )
         else:
             thought = f"<think>{record['reasoning']}</think>" if record["reasoning"] else ""
             add("done", record["end"], record["completion_tokens"], record["prompt_tokens"], record["finish_reason"],

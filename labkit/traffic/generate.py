@@ -60,6 +60,7 @@ class Load:
     the part of a core that each process used, ``cut`` why the run was stopped early (or empty).
     """
 
+    model: str
     events: pd.DataFrame
     window: tuple[float, float]
     zero: float
@@ -114,7 +115,7 @@ def send_load(
     window = measured_window(workload, records)
     if cut:
         window = (window[0], max(window[0], min(window[1], max((r["end"] for r in records), default=0.0))))
-    return Load(events_table(records), window, zero, started_at, tuple(team.lags), tuple(team.cpu_shares), cut)
+    return Load(model, events_table(records), window, zero, started_at, tuple(team.lags), tuple(team.cpu_shares), cut)
 
 
 def processes_needed(workload: Workload) -> int:
@@ -142,7 +143,9 @@ def server_model(target: Target) -> str:
     """The first model that the server names. Raises UserError when nothing (useful) answers or it is not ready yet."""
     status, _ = get_json(target, "/health")
     if status == 503:
-        raise UserError(f"the server at {target.host}:{target.port} is not ready yet (its /health says 503); try again later")
+        raise UserError(
+            f"the server at {target.host}:{target.port} is not ready yet (its /health says 503); try again later"
+        )
     status, answer = get_json(target, "/v1/models")
     try:
         return str(answer["data"][0]["id"])
@@ -275,7 +278,9 @@ class _Team:
             except queue.Empty:
                 if patient:
                     return None
-                raise UserError(f"a client process was not ready within {timeout_s:.0f} s; is the machine overloaded?") from None
+                raise UserError(
+                    f"a client process was not ready within {timeout_s:.0f} s; is the machine overloaded?"
+                ) from None
             if message is not None:
                 return number, message
             if self._processes[number].wait() != 0:

@@ -151,11 +151,15 @@ class _Peer(asyncio.Protocol):
         if script.reasoning:
             message["reasoning_content"] = "".join(parts[: script.reasoning])
         answered.headers_sent = answered.ended = answered.sends[0][1]
-        self._plain(200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": _usage(script)})
+        self._plain(
+            200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": _usage(script)}
+        )
 
     def _headers(self, answered: Answered) -> None:
         answered.headers_sent = time.perf_counter()
-        self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
 
     def _chunk(self, event: dict[str, Any]) -> None:
         data = b"data: " + json.dumps(event).encode() + b"\n\n"
@@ -164,7 +168,8 @@ class _Peer(asyncio.Protocol):
     def _plain(self, status: int, answer: dict[str, Any]) -> None:
         body = json.dumps(answer).encode()
         self.transport.write(
-            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
+            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+            + body
         )
 
     def _at(self, due: float, action: Callable[[], None]) -> None:
@@ -221,7 +226,9 @@ def _usage(script: Script) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A chat server whose every send is scripted and written down.")
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
-    parser.add_argument("--script", default="[{}]", help="JSON list of scripts: ttft_s, itl_s, tokens, reasoning, fault …")
+    parser.add_argument(
+        "--script", default="[{}]", help="JSON list of scripts: ttft_s, itl_s, tokens, reasoning, fault …"
+    )
     parser.add_argument("--log", type=Path, help="where to write what was sent when, as JSONL, on end of input")
     options = parser.parse_args()
     try:

@@ -51,7 +51,9 @@ class Order:
     @classmethod
     def from_json(cls, text: str) -> Order:
         fields = json.loads(text)
-        return cls(**{**fields, "target": Target(**fields["target"]), "workload": Workload.from_json(fields["workload"])})
+        return cls(
+            **{**fields, "target": Target(**fields["target"]), "workload": Workload.from_json(fields["workload"])}
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class _Sender:
         if workload.requests is not None:
             measured = islice(measured, len(range(order.share, workload.requests, order.processes)))
         warmup = (
-            Arrival(WARMUP_INDEX + arrival.index, None, arrival.bucket) for arrival in _own_share(schedule(workload), order)
+            Arrival(WARMUP_INDEX + arrival.index, None, arrival.bucket)
+            for arrival in _own_share(schedule(workload), order)
         )
         end_s = float("inf") if workload.duration_s is None else workload.measured_from_s + workload.duration_s
         async with asyncio.TaskGroup() as group:
@@ -144,9 +147,9 @@ class _Sender:
             record = await self.send(ask, ready_s)
             turned_away = record.failure in ("refused", "connect", "shed")
             pause = max(self.workload.think_s, FAILURE_PAUSE_S if turned_away else 0.0)
-            if pause:
-                await asyncio.sleep(pause)
-            ready_s = self.now()
+            ready_s = self.now() + pause
+            if pause and ready_s < end_s:
+                await self._sleep_until(ready_s)
 
     async def watch(self) -> None:
         """Reports progress, and samples how late the event loop runs what is due."""

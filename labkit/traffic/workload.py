@@ -65,7 +65,12 @@ class Workload:
         mix = self.mix.items() if isinstance(self.mix, dict) else self.mix
         object.__setattr__(self, "mix", tuple((str(bucket), float(share)) for bucket, share in mix))
         shares = [share for _, share in self.mix]
-        _require({bucket for bucket, _ in self.mix} <= {"short", "medium", "long"}, "mix", "over short, medium, long", self.mix)
+        _require(
+            {bucket for bucket, _ in self.mix} <= {"short", "medium", "long"},
+            "mix",
+            "over short, medium, long",
+            self.mix,
+        )
         _require(all(s >= 0 for s in shares) and math.isclose(sum(shares), 1.0, abs_tol=1e-6),
                  "mix", "shares of at least 0 that sum to 1", self.mix)  # fmt: skip
         for name, least in (("users", 1), ("max_tokens", 1), ("requests", 1), ("seed", 0)):
@@ -73,10 +78,14 @@ class Workload:
             _require((value is None and name == "requests") or (_is_whole(value) and value >= least),
                      name, f"a whole number of at least {least}", value)  # fmt: skip
         for name in ("think_s", "ramp_s", "warmup_s"):
-            _require(_is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+            _require(
+                _is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "at least 0", getattr(self, name)
+            )
         for name in ("rate", "cv", "timeout_s", "duration_s"):
             value = getattr(self, name)
-            _require((value is None and name == "duration_s") or (_is_number(value) and value > 0), name, "above 0", value)
+            _require(
+                (value is None and name == "duration_s") or (_is_number(value) and value > 0), name, "above 0", value
+            )
         _require((self.arrivals == "trace") == (self.trace is not None), "trace",
                  "a JSONL file exactly when arrivals is 'trace'", self.trace)  # fmt: skip
         bounds = (self.requests is not None) + (self.duration_s is not None)
@@ -153,6 +162,17 @@ def schedule(workload: Workload) -> Iterator[Arrival]:
         yield Arrival(index, t_s, bucket)
         if workload.requests is not None and measured >= workload.requests:
             return
+
+
+def parse_mix(text: str) -> tuple[tuple[str, float], ...]:
+    """``60/30/10``: percent of short, medium and long prompts. Raises ValueError."""
+    try:
+        shares = [float(part) / 100 for part in text.split("/")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3:
+        raise ValueError(f"mix must be percentages of short/medium/long prompts such as 60/30/10; got {text!r}")
+    return tuple(zip(("short", "medium", "long"), shares, strict=True))
 
 
 def _times(workload: Workload) -> Iterator[float]:

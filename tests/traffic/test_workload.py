@@ -24,7 +24,9 @@ def test_shares_that_do_not_divide_a_block_come_out_over_many():
     assert [buckets.count(name) for name in ("short", "medium", "long")] == [200, 200, 200]
 
 
-@pytest.mark.parametrize(("arrivals", "cv", "expected_cv"), [("poisson", 3.0, 1.0), ("bursty", 2.5, 2.5), ("constant", 3.0, 0.0)])
+@pytest.mark.parametrize(
+    ("arrivals", "cv", "expected_cv"), [("poisson", 3.0, 1.0), ("bursty", 2.5, 2.5), ("constant", 3.0, 0.0)]
+)
 def test_gaps_have_the_rate_and_the_variation_asked_for(arrivals, cv, expected_cv):
     workload = Workload.article(arrivals=arrivals, rate=50.0, cv=cv, requests=20_000, seed=3)
     times = np.array([arrival.t_s for arrival in schedule(workload)])
@@ -96,7 +98,9 @@ def test_a_trace_gives_its_own_times_and_prompts(tmp_path):
     assert (second.t_s, second.prompt, second.answer, second.max_tokens) == (0.5, "2+2?", "4", 3)
 
 
-@pytest.mark.parametrize("line", ["nonsense", '{"bucket": "short"}', '{"t": 1}', '{"t": -1, "bucket": "short"}', '{"t": 1, "bucket": "x"}'])
+@pytest.mark.parametrize(
+    "line", ["nonsense", '{"bucket": "short"}', '{"t": 1}', '{"t": -1, "bucket": "short"}', '{"t": 1, "bucket": "x"}']
+)
 def test_a_bad_trace_names_the_line(tmp_path, line):
     (tmp_path / "trace.jsonl").write_text('{"t": 0, "bucket": "short"}\n' + line + "\n")
     with pytest.raises(UserError, match="line 2"):
