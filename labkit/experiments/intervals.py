@@ -44,8 +44,8 @@ def percentile(values: Iterable[float], q: float, unit: str = "", confidence: fl
     """Percentile q as an order statistic: the ⌈n q/100⌉-th smallest value (nearest rank, no interpolation).
 
     The interval [x_(l), x_(u)] holds for any distribution: with B ~ Binomial(n, q/100), l is the largest rank with
-    P(B < l) ≤ α/2 and u the smallest with P(B ≥ u) ≤ α/2. With too few values for such a rank that side is infinite (below:
-    0 for q's lower side cannot be excluded, so −inf). Values may be inf.
+    P(B < l) ≤ α/2 and u the smallest with P(B ≥ u) ≤ α/2. With too few values for such a rank that side is infinite
+    (below: 0 for q's lower side cannot be excluded, so −inf). Values may be inf.
     """
     if not 0 < q < 100:
         raise ValueError(f"q must be above 0 and below 100, got {q!r}")
@@ -116,7 +116,8 @@ def bootstrap_pooled_percentile(
     seed: int = 0,
     resamples: int = 400,
 ) -> Estimate:
-    """Weighted percentile q of values [n] that come in clusters; the interval resamples the clusters (``owners``, ints [n])."""
+    """Weighted percentile q of values [n] that come in clusters; the interval resamples the clusters (``owners``,
+    ints [n])."""
     if not len(values):
         return Estimate(math.nan, math.nan, math.nan, 0, unit, confidence)
     order = np.argsort(values, kind="stable")
@@ -157,7 +158,8 @@ class Evidence:
 def requests_needed(misses: int, q: float = 95, confidence: float = 0.99) -> int:
     """The smallest n at which ``misses`` over the limit still show, at this confidence, that percentile q is within it.
 
-    That is P(Binomial(n, 1 − q/100) ≤ misses) ≤ 1 − confidence: 0 misses need 90 requests for a P95 at 99 %, 10 need 398.
+    That is P(Binomial(n, 1 − q/100) ≤ misses) ≤ 1 − confidence: 0 misses need 90 requests for a P95 at 99 %, 10 need
+    398.
     """
     low, high = misses, max(2 * misses, 1)
     while binomial_cdf(misses, high, 1 - q / 100) > 1 - confidence:

@@ -1,7 +1,7 @@
 """Metrics: pure functions from the events of a run to a number with an interval.
 
-``requests_table(events)`` first; every metric takes that table and the measured window. Requests belong to the window by
-their scheduled time; only throughput and goodput count what ended inside it.
+``requests_table(events)`` first; every metric takes that table and the measured window. Requests belong to the window
+by their scheduled time; only throughput and goodput count what ended inside it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Window = tuple[float, float]
 Clock = Literal["scheduled", "sent"]
 
 SLICES = (5, 20)
-"""Into how many equal parts, at least and at most, a window is cut to see how much a throughput varies. In between, a part
-is as long as a mean answer takes, so that the waves in which batches end do not pass for variation."""
+"""Into how many equal parts, at least and at most, a window is cut to see how much a throughput varies. In between, a
+part is as long as a mean answer takes, so that the waves in which batches end do not pass for variation."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class SLO:
 def requests_table(events: pd.DataFrame) -> pd.DataFrame:
     """One row a request, index ``request``.
 
-    scheduled, sent, first_byte, first_token (first content, reasoning included), first_answer, last_token, end: seconds of
-    the run, NaN where it did not come to it; tokens (completion), prompt_tokens; failure ("" for a whole answer);
-    correct (nullable boolean); finish, bucket, family, text: str; chunk_t, chunk_tokens: arrays [chunks] float64, int64.
+    scheduled, sent, first_byte, first_token (first content, reasoning included), first_answer, last_token, end:
+    seconds of the run, NaN where it did not come to it; tokens (completion), prompt_tokens; failure ("" for a whole
+    answer); correct (nullable boolean); finish, bucket, family, text: str; chunk_t, chunk_tokens: arrays [chunks]
+    float64, int64.
     """
     rows = {}
     for request, of_one in events.groupby("request", sort=True):
@@ -138,8 +139,8 @@ def tpot(table: pd.DataFrame, window: Window, q: float = 50) -> Estimate:
 def itl(table: pd.DataFrame, window: Window, q: float = 95, per_token: bool = False) -> Estimate:
     """Percentile q of the gaps between the chunks of an answer, all answers' gaps together. Seconds.
 
-    ``per_token``: a gap before a chunk of k tokens counts as k gaps of a k-th of it. The interval resamples answers, because
-    the gaps inside one are not independent.
+    ``per_token``: a gap before a chunk of k tokens counts as k gaps of a k-th of it. The interval resamples answers,
+    because the gaps inside one are not independent.
     """
     values, weights, owners = [], [], []
     for number, (times, tokens) in enumerate(_chunks(_done(measured(table, window)))):
@@ -153,13 +154,15 @@ def itl(table: pd.DataFrame, window: Window, q: float = 95, per_token: bool = Fa
 
 
 def throughput(table: pd.DataFrame, window: Window) -> Estimate:
-    """Whole answers that ended inside the window / its length. Requests per second; interval over the window's slices."""
+    """Whole answers that ended inside the window / its length. Requests per second; interval over the window's
+    slices."""
     ends = _done(table)["end"].to_numpy(dtype=float)
     return _rate(ends, np.ones(len(ends)), window, _slices(table, window), "requests/s")
 
 
 def token_throughput(table: pd.DataFrame, window: Window) -> Estimate:
-    """Generated tokens that arrived inside the window / its length. Tokens per second; interval over the window's slices.
+    """Generated tokens that arrived inside the window / its length. Tokens per second; interval over the window's
+    slices.
 
     Tokens without text (end of sequence, think tags) are counted with the chunks of their answer in proportion.
     """
@@ -205,7 +208,8 @@ def accuracy(table: pd.DataFrame, window: Window) -> Estimate:
 
 @dataclass(frozen=True)
 class LittlesLaw:
-    """L = λ W: ``in_flight`` is the measured L; ``difference`` is L / (λ W) − 1, which a consistent set of numbers keeps near 0."""
+    """L = λ W: ``in_flight`` is the measured L; ``difference`` is L / (λ W) − 1, which a consistent set of numbers
+    keeps near 0."""
 
     in_flight: float
     throughput: float
@@ -218,7 +222,8 @@ class LittlesLaw:
 
 
 def littles_law(table: pd.DataFrame, window: Window) -> LittlesLaw:
-    """Mean requests in flight (sent, not ended) over the window; rate and mean time of those that ended in it, failed ones too."""
+    """Mean requests in flight (sent, not ended) over the window; rate and mean time of those that ended in it, failed
+    ones too."""
     sent, end = table["sent"].fillna(table["scheduled"]).to_numpy(dtype=float), table["end"].to_numpy(dtype=float)
     length = window[1] - window[0]
     if length <= 0:

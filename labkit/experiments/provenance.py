@@ -19,7 +19,8 @@ PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "granian", "st
 
 
 def code_version() -> dict[str, Any]:
-    """``commit`` of the checkout that labkit runs from (None outside one), and ``changes``: a digest of what is uncommitted."""
+    """``commit`` of the checkout that labkit runs from (None outside one), and ``changes``: a digest of what is
+    uncommitted."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "changes": None}

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
@@ -63,7 +63,7 @@ def finish(
         "versions": versions(),
         "machine": machine(),
         "clock": {"source": f"time.perf_counter on {sys.platform}, t_s is since zero", "zero": load.zero},
-        "started_at": datetime.fromtimestamp(load.started_at, timezone.utc).isoformat(timespec="milliseconds"),
+        "started_at": datetime.fromtimestamp(load.started_at, UTC).isoformat(timespec="milliseconds"),
         "window": list(load.window),
         "valid": not reasons,
         "reasons": reasons,

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,9 @@ class Unfinished:
     """Requests that had ended and were written down before the end."""
 
     def __str__(self) -> str:
-        return f"{self.path} was cut off after {self.ended} ended requests; it is not used (remove it with: rm -r {self.path})"
+        return (
+            f"{self.path} was cut off after {self.ended} ended requests and is not used (to remove: rm -r {self.path})"
+        )
 
 
 class RunStore:
@@ -90,7 +92,7 @@ class RunStore:
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or UNFINISHED in name:
             raise UserError(f"a run's name is letters, digits, dots, dashes and underscores (at most 80); got {name!r}")
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         full = f"{name}-{stamp}-{secrets.token_hex(2)}"
         path = self.root / f"{full}{UNFINISHED}{os.getpid()}"
         try:

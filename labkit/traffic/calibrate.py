@@ -26,8 +26,8 @@ MOST_CPU = 0.85
 """A client process that used more of a core than this had no time to spare."""
 LEAST_LAG_S = 0.02
 MOST_LAG = 0.05
-"""The 99th percentile of the event loop's lag, and the 95th of sends behind schedule, may reach this share of the median
-latency, or LEAST_LAG_S if that is more."""
+"""The 99th percentile of the event loop's lag, and the 95th of sends behind schedule, may reach this share of the
+median latency, or LEAST_LAG_S if that is more."""
 
 CALIBRATION_S = 3.0
 """About how long a calibration may take."""
@@ -79,8 +79,9 @@ def calibrate(workload: Workload, script: Script, processes: int | None = None) 
     )
     with tempfile.TemporaryDirectory(prefix="labkit-") as directory:
         log = Path(directory) / "golden.jsonl"
+        scripts = json.dumps([asdict(script)])
         server = subprocess.Popen(
-            [sys.executable, "-m", "labkit.traffic.golden", "--script", json.dumps([asdict(script)]), "--log", str(log)],
+            [sys.executable, "-m", "labkit.traffic.golden", "--script", scripts, "--log", str(log)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         assert server.stdin is not None and server.stdout is not None
@@ -136,7 +137,8 @@ def client_reasons(load: Load, workload: Workload, calibration: Calibration | No
 
 
 def client_facts(load: Load) -> dict[str, float]:
-    """For the manifest: processes, lags in seconds (of the event loops, of sends behind schedule), CPU, median latency."""
+    """For the manifest: processes, lags in seconds (of the event loops, of sends behind schedule), CPU, median
+    latency."""
     of = {kind: part.groupby("request")["t_s"].first() for kind, part in load.events.groupby("kind")}
     late = (of["sent"] - of["scheduled"]).dropna() if "sent" in of else pd.Series(dtype=float)
     latency = (of["done"] - of["scheduled"]).dropna() if "done" in of else pd.Series(dtype=float)
@@ -152,9 +154,11 @@ def client_facts(load: Load) -> dict[str, float]:
 
 
 def audit_arrivals(load_events: pd.DataFrame, workload: Workload) -> dict[str, Any]:
-    """What was to be sent and what was: counts, and for gaps between sends CV and index of dispersion, intended and actual.
+    """What was to be sent and what was: counts, and for gaps between sends CV and index of dispersion, intended and
+    actual.
 
-    The index of dispersion is variance / mean of the counts in windows of ten mean gaps: 1 for Poisson, near 0 for constant.
+    The index of dispersion is variance / mean of the counts in windows of ten mean gaps: 1 for Poisson, near 0 for
+    constant.
     """
     sent = np.sort(load_events.loc[load_events["kind"] == "sent", "t_s"].to_numpy(dtype=float))
     audit: dict[str, Any] = {"sent": len(sent), "actual": gap_statistics(sent)}
@@ -178,28 +182,25 @@ def gap_statistics(times: np.ndarray) -> dict[str, float | None]:
 
 
 def _compare(events: pd.DataFrame, answered: dict[int, dict[str, Any]], takes_s: float) -> Calibration:
-    times = events.groupby(["request", "kind"])["t_s"].first().unstack()
+    sent, done = (
+        events[events["kind"] == kind].groupby("request")["t_s"].first().to_dict() for kind in ("sent", "done")
+    )
     added, own, late = [], [], []
     for request, row in answered.items():
-        if (
-            row["ended"] is not None
-            and request in times.index
-            and "done" in times
-            and not math.isnan(times.at[request, "done"])
-        ):
+        if row["ended"] is not None and request in done:
             server_s = row["ended"] - row["received"]
-            added.append(times.at[request, "done"] - times.at[request, "sent"] - server_s)
+            added.append(float(done[request]) - float(sent[request]) - server_s)
             own.append(server_s)
-            late += [done - due for due, done in row["sends"]]
+            late += [at - due for due, at in row["sends"]]
     p95 = _quantile(added, 0.95)
     return Calibration(
-        requests=len(times),
+        requests=len(sent),
         scripted_s=takes_s,
         added_p50_s=_quantile(added, 0.5),
         added_p95_s=p95,
         added_share=p95 / max(_quantile(own, 0.5), 1e-3),
         server_late_p95_s=_quantile(late, 0.95),
-        failures=len(times) - len(added),
+        failures=len(sent) - len(added),
     )
 
 

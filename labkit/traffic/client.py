@@ -19,9 +19,9 @@ from labkit.errors import UserError
 from labkit.traffic.http1 import ProtocolError, ResponseParser, SseParser
 
 FAILURES = ("refused", "connect", "timeout", "4xx", "shed", "5xx", "truncated", "stream_error", "protocol")
-"""refused: nobody listens. connect: no connection, or it broke before the first byte. timeout: not ended in time. shed: 429
-or 503. 4xx, 5xx: other statuses. truncated: the answer began and did not end whole (no finish reason, no ``[DONE]``, no last
-chunk). stream_error: an error inside a 200. protocol: not HTTP, or not the JSON it should be."""
+"""refused: nobody listens. connect: no connection, or it broke before the first byte. timeout: not ended in time.
+shed: 429 or 503. 4xx, 5xx: other statuses. truncated: the answer began and did not end whole (no finish reason, no
+``[DONE]``, no last chunk). stream_error: an error inside a 200. protocol: not HTTP, or not the JSON it should be."""
 
 CONNECT_TIMEOUT_S = 10.0
 MESSAGE_CHARACTERS = 300
@@ -217,9 +217,9 @@ class _Exchange:
 def tokens_by_chunk(tokens: int, lengths: list[int]) -> list[int]:
     """How many tokens each chunk carried, from the total that ``usage`` gives and the characters of each chunk.
 
-    The protocol does not say it. One a chunk where the numbers agree or no total is known; ``<think>``, ``</think>`` and
-    the end of the sequence are tokens without text, so up to three more agree too. What is over goes to the chunks in
-    proportion to their length.
+    The protocol does not say it. One a chunk where the numbers agree or no total is known; ``<think>``, ``</think>``
+    and the end of the sequence are tokens without text, so up to three more agree too. What is over goes to the
+    chunks in proportion to their length.
     """
     counts = [1] * len(lengths)
     spare = tokens - len(lengths)
@@ -271,7 +271,8 @@ class Client:
         self._tls = ssl.create_default_context() if target.tls else None
 
     async def chat(self, body: bytes, record: Record, timeout_s: float) -> None:
-        """POSTs ``body`` to ``/v1/chat/completions`` and fills ``record`` in; it never raises for what the peer does."""
+        """POSTs ``body`` to ``/v1/chat/completions`` and fills ``record`` in; it never raises for what the peer
+        does."""
         payload = self._target.request_bytes("POST", "/v1/chat/completions", body, str(record.index))
         record.sent = time.perf_counter()
         reused = True

@@ -22,10 +22,10 @@ def read_spool(path: Path) -> list[dict[str, Any]]:
 def events_table(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """One row an event, in order of time (see KINDS).
 
-    request int64; kind; t_s float64 (seconds since the start of the run, client's monotonic clock); tokens int32 (of the
-    chunk; on done, all of the completion); prompt_tokens int32 (on done); bucket, family: str; detail: on chunk "reasoning"
-    or "answer", on done the finish reason, on failed the kind of failure; correct: nullable boolean, on done; text: on done
-    the whole output, on failed the error message.
+    request int64; kind; t_s float64 (seconds since the start of the run, client's monotonic clock); tokens int32 (of
+    the chunk; on done, all of the completion); prompt_tokens int32 (on done); bucket, family: str; detail: on chunk
+    "reasoning" or "answer", on done the finish reason, on failed the kind of failure; correct: nullable boolean, on
+    done; text: on done the whole output, on failed the error message.
     """
     rows: list[tuple[Any, ...]] = []
     for record in records:
@@ -55,5 +55,5 @@ def events_table(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
                 record["correct"], thought + record["text"])  # fmt: skip
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     types = {"request": "int64", "t_s": "float64", "tokens": "int32", "prompt_tokens": "int32", "correct": "boolean"}
-    table = table.astype(types | {name: "str" for name in ("kind", "bucket", "family", "detail", "text")})
+    table = table.astype(types | dict.fromkeys(("kind", "bucket", "family", "detail", "text"), "str"))
     return table.sort_values("t_s", kind="stable", ignore_index=True)

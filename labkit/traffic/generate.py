@@ -56,8 +56,8 @@ class Progress:
 class Load:
     """What a client saw of one run. ``window`` bounds the measured part, in the time of ``events``.
 
-    ``zero`` is the start of the run on ``time.perf_counter``; ``lags`` is how late the clients' event loops were (s), ``cpu_shares``
-    the part of a core that each process used, ``cut`` why the run was stopped early (or empty).
+    ``zero`` is the start of the run on ``time.perf_counter``; ``lags`` is how late the clients' event loops were (s),
+    ``cpu_shares`` the part of a core that each process used, ``cut`` why the run was stopped early (or empty).
     """
 
     model: str
@@ -71,7 +71,8 @@ class Load:
 
 
 def run_load(url: str, workload: Workload, model: str | None = None, **options: Any) -> pd.DataFrame:
-    """Sends ``workload`` to ``url`` and returns the events (see labkit.traffic.events). Options as for ``send_load``."""
+    """Sends ``workload`` to ``url`` and returns the events (see labkit.traffic.events). Options as for
+    ``send_load``."""
     return send_load(url, workload, model, **options).events
 
 
@@ -88,9 +89,10 @@ def send_load(
 ) -> Load:
     """Sends ``workload`` to the server at ``url``.
 
-    ``model`` None takes the server's first. ``processes`` None starts as many client processes as the traffic needs. ``stop`` is
-    asked four times a second and ends the run when it gives a reason. ``spool`` keeps the records in that directory while the
-    run lasts (default: a temporary one). Raises UserError when no server answers at ``url`` or a client process fails.
+    ``model`` None takes the server's first. ``processes`` None starts as many client processes as the traffic needs.
+    ``stop`` is asked four times a second and ends the run when it gives a reason. ``spool`` keeps the records in that
+    directory while the run lasts (default: a temporary one). Raises UserError when no server answers at ``url`` or a
+    client process fails.
     """
     target = Target.parse(url, api_key)
     if model is None:
@@ -196,7 +198,8 @@ class _Team:
     _errors: list[Any] = field(default_factory=list)
 
     def start(self) -> tuple[float, float]:
-        """Starts the processes, waits until all are ready and starts them together: (wall time, perf_counter) of the start."""
+        """Starts the processes, waits until all are ready and starts them together: (wall time, perf_counter) of the
+        start."""
         for number, order in enumerate(self.orders):
             errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
             self._errors.append(errors)

@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 FAULTS = ("", "reset", "4xx", "429", "503", "5xx", "truncate", "no finish", "data error", "stall", "garbage")
-"""reset: closed before any byte. truncate: closed after half of the tokens. no finish: a whole HTTP response whose stream
-has neither finish reason nor ``[DONE]``. data error: ``data: {"error": …}`` after half of the tokens. stall: silent after
-half of the tokens. garbage: bytes that are not HTTP."""
+"""reset: closed before any byte. truncate: closed after half of the tokens. no finish: a whole HTTP response whose
+stream has neither finish reason nor ``[DONE]``. data error: ``data: {"error": …}`` after half of the tokens. stall:
+silent after half of the tokens. garbage: bytes that are not HTTP."""
 
 
 @dataclass(frozen=True)
 class Script:
     """How one request is answered; times in seconds after its last byte came in.
 
-    Byte 0 of the answer (status and headers) goes out after ``headers_s``, token k after ``ttft_s + k * itl_s``, and the end
-    with the last token. ``reasoning`` of the tokens are sent as ``reasoning_content``, ``tokens_per_chunk`` at a time.
+    Byte 0 of the answer (status and headers) goes out after ``headers_s``, token k after ``ttft_s + k * itl_s``, and
+    the end with the last token. ``reasoning`` of the tokens are sent as ``reasoning_content``, ``tokens_per_chunk``
+    at a time.
     """
 
     ttft_s: float = 0.0
@@ -51,7 +52,8 @@ class Script:
 
 @dataclass
 class Answered:
-    """What the server did for one request. Times are ``time.perf_counter``, ``sends`` one (due, done) for each token chunk."""
+    """What the server did for one request. Times are ``time.perf_counter``, ``sends`` one (due, done) for each token
+    chunk."""
 
     request_id: str
     received: float

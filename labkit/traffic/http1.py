@@ -10,10 +10,11 @@ class ProtocolError(Exception):
 
 
 class ResponseParser:
-    """One response. ``feed`` takes bytes as they come and returns the body bytes they complete; state is in the attributes.
+    """One response. ``feed`` takes bytes as they come and returns the body bytes they complete; state is in the
+    attributes.
 
-    ``status`` is 0 until the status line and headers are in; ``done`` is True once the body is whole; ``rest`` holds bytes
-    after it. ``keep_alive`` says whether the connection may carry another request.
+    ``status`` is 0 until the status line and headers are in; ``done`` is True once the body is whole; ``rest`` holds
+    bytes after it. ``keep_alive`` says whether the connection may carry another request.
     """
 
     def __init__(self) -> None:

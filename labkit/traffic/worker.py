@@ -1,8 +1,9 @@
 """One client process: sends its share of a workload and spools one line for every request that ended.
 
-Run by ``labkit.traffic.generate`` as ``python -m labkit.traffic.worker`` and spoken to in lines of JSON: an order on stdin,
-``{"ready": true}`` back, the start time on stdin, then progress until ``{"end": true, …}``. When stdin closes (the parent is
-gone) the process ends at once. A process of its own keeps the client's timing clear of whatever the parent does.
+Run by ``labkit.traffic.generate`` as ``python -m labkit.traffic.worker`` and spoken to in lines of JSON: an order on
+stdin, ``{"ready": true}`` back, the start time on stdin, then progress until ``{"end": true, …}``. When stdin closes
+(the parent is gone) the process ends at once. A process of its own keeps the client's timing clear of whatever the
+parent does.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from labkit.traffic.workload import Arrival, Workload, schedule
 from labkit.training.ledger import is_correct, make_problem
 
 WARMUP_INDEX = 10_000_000
-"""Requests of a closed loop before its measured part are numbered from here on, so that the measured part always asks the
-same questions however far the warm-up came."""
+"""Requests of a closed loop before its measured part are numbered from here on, so that the measured part always asks
+the same questions however far the warm-up came."""
 
 FAILURE_PAUSE_S = 0.5
 """A user who was turned away (refused, no connection, shed) waits this long before asking the next question."""
@@ -69,7 +70,8 @@ class Ask:
 
 
 def prepare(arrival: Arrival, workload: Workload, model: str) -> Ask:
-    """The body of the request for one arrival; its prompt is a problem of the ledger task unless a trace brings its own."""
+    """The body of the request for one arrival; its prompt is a problem of the ledger task unless a trace brings its
+    own."""
     family, prompt, answer = "", arrival.prompt, arrival.answer
     if prompt is None:
         problem = make_problem(workload.seed, arrival.index, arrival.bucket)

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args, get_type_hints
 from labkit.errors import UserError
 
 ARTICLE_TIMEOUT_S = 5.0
-"""The article's client gave up after 5 s. A longer timeout measures the same service without cutting its tail off; what a
-limit of 5 s would have made of it can be computed afterwards (goodput under an SLO)."""
+"""The article's client gave up after 5 s. A longer timeout measures the same service without cutting its tail off;
+what a limit of 5 s would have made of it can be computed afterwards (goodput under an SLO)."""
 
 MIX_BLOCK = 20
 """Every so many requests in a row hold the mix's shares exactly (rounding carried on), in shuffled order."""
@@ -26,8 +26,8 @@ MIX_BLOCK = 20
 class Workload:
     """Traffic to send at a deployment. A wrong value raises ValueError naming the field and what it may be.
 
-    ``requests`` or ``duration_s`` (one of them; neither with a trace, which then runs to its end) is the measured part. It
-    begins after ``ramp_s + warmup_s``; what is sent before that is not measured.
+    ``requests`` or ``duration_s`` (one of them; neither with a trace, which then runs to its end) is the measured
+    part. It begins after ``ramp_s + warmup_s``; what is sent before that is not measured.
     """
 
     name: str = "workload"
@@ -44,7 +44,8 @@ class Workload:
     cv: float = 3.0
     """Bursty arrivals: coefficient of variation of the (gamma distributed) gaps; 1 would be Poisson."""
     trace: str | None = None
-    """A JSONL file; each line holds ``t`` (s, rising) and ``bucket``, or ``prompt`` with optional ``answer`` and ``max_tokens``."""
+    """A JSONL file; each line holds ``t`` (s, rising) and ``bucket``, or ``prompt`` with optional ``answer`` and
+    ``max_tokens``."""
     requests: int | None = None
     duration_s: float | None = None
     ramp_s: float = 0.0
@@ -131,7 +132,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Arrival:
-    """One intended request. ``t_s`` is when it is to be sent (s after the start; None in a closed loop: when a user is free)."""
+    """One intended request. ``t_s`` is when it is to be sent (s after the start; None in a closed loop: when a user
+    is free)."""
 
     index: int
     t_s: float | None
@@ -144,8 +146,8 @@ class Arrival:
 def schedule(workload: Workload) -> Iterator[Arrival]:
     """The intended requests in order; endless in a closed loop, which ends by the clock or by the count of requests.
 
-    Several client processes share one schedule (each takes every n-th request), so that their union is this schedule and
-    not a superposition of processes that happen to draw the same numbers. Raises UserError for a bad trace.
+    Several client processes share one schedule (each takes every n-th request), so that their union is this schedule
+    and not a superposition of processes that happen to draw the same numbers. Raises UserError for a bad trace.
     """
     if workload.arrivals == "trace":
         yield from _trace(workload)

@@ -28,8 +28,9 @@ def record(
     sent = scheduled if sent is None else sent
     chunks = [(t, n, part) for t, n, part in chunks]
     return {
-        "index": index, "bucket": bucket, "family": "net", "scheduled": scheduled, "sent": sent, "first_byte": first_byte,
-        "chunks": chunks, "end": end if end is not None else chunks[-1][0], "failure": failure, "message": "m" * bool(failure),
+        "index": index, "bucket": bucket, "family": "net", "scheduled": scheduled, "sent": sent,
+        "first_byte": first_byte, "chunks": chunks, "end": end if end is not None else chunks[-1][0],
+        "failure": failure, "message": "m" * bool(failure),
         "finish_reason": "stop", "prompt_tokens": 5, "completion_tokens": tokens or sum(n for _, n, _ in chunks),
         "reasoning": "", "text": "x", "correct": correct,
     }  # fmt: skip
@@ -43,7 +44,8 @@ def scripted(index, scheduled, ttft, itl, tokens, reasoning=0, lag=0.0, **more):
 
 
 def steady(n=100, lag=0.0):
-    """One request a second; request i takes ttft (i+1) ms, then 10 tokens 20 ms apart, the first 4 of them reasoning."""
+    """One request a second; request i takes ttft (i+1) ms, then 10 tokens 20 ms apart, the first 4 of them
+    reasoning."""
     return requests_table(events_table(scripted(i, float(i), (i + 1) / 1000, 0.02, 10, 4, lag) for i in range(n)))
 
 

@@ -166,9 +166,11 @@ def test_ctrl_c_keeps_nothing_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--users", "0"], "users must be"), (["--users", "2", "--rate", "3"], "one of --users"), (["--mix", "50/50"], "mix must be"),
+        (["--users", "0"], "users must be"), (["--users", "2", "--rate", "3"], "one of --users"),
+        (["--mix", "50/50"], "mix must be"),
         (["--arrivals", "poisson"], "with --rate"), (["--rate", "1", "--arrivals", "x"], "arrivals must be"),
-        (["--trace", "/nowhere.jsonl"], "cannot be read"), (["--requests", "3", "--duration", "3"], "either requests or duration"),
+        (["--trace", "/nowhere.jsonl"], "cannot be read"),
+        (["--requests", "3", "--duration", "3"], "either requests or duration"),
         (["--name", "a/b"], "a run's name"), (["--processes", "0"], "processes must be"), ([], "no server listens"),
     ],
 )  # fmt: skip

@@ -49,7 +49,8 @@ def test_times_lie_between_the_servers_sends_and_shortly_after():
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        ("reset", "connect"), ("4xx", "4xx"), ("429", "shed"), ("503", "shed"), ("5xx", "5xx"), ("truncate", "truncated"),
+        ("reset", "connect"), ("4xx", "4xx"), ("429", "shed"), ("503", "shed"), ("5xx", "5xx"),
+        ("truncate", "truncated"),
         ("no finish", "truncated"), ("data error", "stream_error"), ("stall", "timeout"), ("garbage", "protocol"),
     ],
 )  # fmt: skip
