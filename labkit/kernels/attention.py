@@ -1,0 +1,116 @@
+"""Causal attention of a flat token stream over a paged KV cache.
+
+A layer's cache is one tensor [2 (keys, values), kv_heads, blocks, block_size, head_dim]. Heads come first so that the
+blocks of one sequence, once gathered, lie contiguous per head, which is what the CPU's attention kernel reads fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the sequences lie in the token stream and in the KV cache. Sequences with one new token come first.
+
+    The lengths are Python lists: the loops below need them on the host, and reading them from a GPU would stall it.
+    """
+
+    query_lens: list[int]
+    """New tokens of each sequence in this step."""
+    context_lens: list[int]
+    """Tokens of each sequence in the cache once this step's are written."""
+    block_tables: Tensor
+    """[sequences, widest] int64: the cache blocks of each sequence; entries past its context are any valid block."""
+    slots: Tensor
+    """[tokens] int64: where each new token's key and value go, block * block_size + offset."""
+
+    @property
+    def decodes(self) -> int:
+        """How many sequences, all at the front, have a single new token."""
+        return sum(1 for length in self.query_lens if length == 1)
+
+
+def write_kv(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Puts keys and values [tokens, kv_heads, head_dim] into a layer's cache at ``slots`` [tokens]."""
+    flat = cache.view(2, cache.shape[1], -1, cache.shape[-1])
+    flat[0].index_copy_(1, slots, keys.transpose(0, 1))
+    flat[1].index_copy_(1, slots, values.transpose(0, 1))
+
+
+def paged_attention(queries: Tensor, cache: Tensor, meta: AttentionMetadata) -> Tensor:
+    """Attention of each new token over its sequence's cache up to and including itself, which must be written already.
+
+    queries: [tokens, heads, head_dim], heads a multiple of the cache's kv_heads; returns the same shape.
+    Dispatch: decodes one by one on the CPU, where padding costs more than calls, and in one padded batch on CUDA, where
+    launches cost more than padding; prefill chunks one by one on both.
+    """
+    out = torch.empty_like(queries)
+    decodes = meta.decodes
+    if decodes and queries.is_cuda:
+        tables, contexts = meta.block_tables[:decodes], meta.context_lens[:decodes]
+        out[:decodes] = _decode_batch(queries[:decodes], cache, tables, contexts)
+    else:
+        decodes = 0
+    begin = decodes
+    for i in range(decodes, len(meta.query_lens)):
+        end = begin + meta.query_lens[i]
+        keys, values = _gather(cache, meta.block_tables[i], meta.context_lens[i])
+        out[begin:end] = _attend(queries[begin:end], keys, values)
+        begin = end
+    return out
+
+
+def _gather(cache: Tensor, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sequence, each [kv_heads, length, head_dim]."""
+    _, kv_heads, blocks, block_size, head_dim = cache.shape
+    used = -(-length // block_size)
+    found = cache.view(2 * kv_heads, blocks, -1).index_select(1, block_table[:used])
+    keys, values = found.view(2, kv_heads, used * block_size, head_dim)[:, :, :length]
+    return keys, values
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of the last tokens of one sequence: queries [new, heads, head_dim], keys and values [kv_heads, length,
+    head_dim]."""
+    new, heads, head_dim = queries.shape
+    kv_heads, length, _ = keys.shape
+    group = heads // kv_heads
+    grouped = queries.view(new, kv_heads, group, head_dim)
+    if new == 1:
+        # The query heads that share a key head act as that head's queries: no repetition, no mask.
+        out = F.scaled_dot_product_attention(grouped.permute(1, 0, 2, 3), keys[:, None], values[:, None])
+        return out.view(1, heads, head_dim)
+    # Key heads take the batch dimension so that repeating them for their group is a stride of zero, not a copy.
+    spread = (kv_heads, group, length, head_dim)
+    keys, values = keys[:, None].expand(spread), values[:, None].expand(spread)
+    mask = None if new == length else _causal_mask(new, length, queries)
+    out = F.scaled_dot_product_attention(
+        grouped.permute(1, 2, 0, 3), keys, values, attn_mask=mask, is_causal=mask is None
+    )
+    return out.permute(2, 0, 1, 3).reshape(new, heads, head_dim)
+
+
+def _causal_mask(new: int, length: int, like: Tensor) -> Tensor:
+    """[new, length] additive mask by which the last ``new`` of ``length`` tokens see themselves and all before."""
+    mask = torch.full((new, length), float("-inf"), dtype=like.dtype, device=like.device)
+    return mask.triu_(length - new + 1)
+
+
+def _decode_batch(queries: Tensor, cache: Tensor, block_tables: Tensor, context_lens: list[int]) -> Tensor:
+    """One query token per sequence, padded to the longest context. queries: [sequences, heads, head_dim]."""
+    sequences, heads, head_dim = queries.shape
+    _, kv_heads, _, block_size, _ = cache.shape
+    used = -(-max(context_lens) // block_size)
+    found = cache.index_select(2, block_tables[:, :used].reshape(-1))
+    found = found.view(2, kv_heads, sequences, used * block_size, head_dim).transpose(1, 2)
+    lengths = torch.tensor(context_lens, device=queries.device)
+    seen = torch.arange(used * block_size, device=queries.device) < lengths[:, None]
+    out = F.scaled_dot_product_attention(
+        queries.view(sequences, kv_heads, -1, head_dim), found[0], found[1], attn_mask=seen[:, None, None]
+    )
+    return out.reshape(sequences, heads, head_dim)

@@ -1,0 +1,1 @@
+"""Runs the model: KV blocks, input packing, sampling."""
