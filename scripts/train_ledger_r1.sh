@@ -4,7 +4,7 @@
 set -euo pipefail
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 OUT=${OUT:-build/out} WORK=${WORK:-/tmp/ledger-r1} CHECKPOINTS=${CHECKPOINTS:-/tmp/ckpt}
-SECONDS_LIMIT=${SECONDS_LIMIT:-430} PROBLEMS=${PROBLEMS:-1000} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
+SECONDS_LIMIT=${SECONDS_LIMIT:-450} PROBLEMS=${PROBLEMS:-1000} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT" "$WORK"
 
 pack() { # what is there so far: weights apart, the small files in one archive

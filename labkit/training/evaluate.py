@@ -17,6 +17,7 @@ from labkit.training.curve import describe_machine
 from labkit.training.decoding import greedy
 from labkit.training.ledger import BUCKETS, FIRST_TRAINING_SEED, Problem, is_correct, make_problem
 from labkit.training.modeldir import read_model
+from labkit.training.network import rope_tables
 from labkit.training.tokenizer import TURN_END, prompt_text
 
 MOST_TOKENS = 176
@@ -66,10 +67,8 @@ def evaluate(model: Path, problems: int, buckets: Iterable[str] = BUCKETS, seed:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device that torch can use; evaluate with --device cpu")
     network, tokenizer = read_model(model)
-    network = network.to(device)
-    if dtype != torch.bfloat16:
-        network = network.to(dtype)
-    network.cos, network.sin = network.cos.float(), network.sin.float()
+    network = network.to(device, dtype)
+    network.cos, network.sin = (table.to(device) for table in rope_tables(network.shape))
     began = time.monotonic()
     verdicts: list[tuple[Problem, bool]] = []
     wrong: list[dict[str, object]] = []

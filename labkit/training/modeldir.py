@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from labkit.errors import UserError
 from labkit.files import write_atomic, writing_atomic
-from labkit.training.network import Network, Shape
+from labkit.training.network import Network, Shape, rope_tables
 from labkit.training.tokenizer import CONTEXT, END_OF_TEXT, TURN_END, write_tokenizer
 
 # a part stays below what file hosts and mail gateways take without asking
@@ -103,7 +103,7 @@ def read_model(directory: Path) -> tuple[Network, Tokenizer]:
         norm_eps=config["rms_norm_eps"],
     )
     network = Network(shape).to(torch.bfloat16)
-    network.cos, network.sin = network.cos.float(), network.sin.float()
+    network.cos, network.sin = rope_tables(shape)
     weights: dict[str, torch.Tensor] = {}
     try:
         for file in sorted(directory.glob("model*.safetensors")):
