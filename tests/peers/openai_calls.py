@@ -1,4 +1,4 @@
-"""Run by test_openai.py with the openai client's own Python: makes every call once and prints what came back as JSON."""
+"""Run by test_openai.py with the client's own Python: makes every call once and prints what came back as JSON."""
 
 from __future__ import annotations
 
