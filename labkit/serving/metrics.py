@@ -1,0 +1,86 @@
+"""What Prometheus reads: the engine's counters, and what the server timed itself. Every server has a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from labkit.serving.options import StreamingEngine
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+OUTCOMES = ("completed", "cancelled", "refused", "failed")
+"""completed: answered whole. cancelled: the client went away or did not read. refused: a 4xx, or a 503 while loading.
+failed: the engine or the server broke."""
+
+
+class Metrics:
+    """Counters and histograms of one server; called from the event loop only."""
+
+    def __init__(self, engine: StreamingEngine) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))
+        self.ttft = Histogram(
+            "labkit_time_to_first_token_seconds",
+            "From the request's last byte to its first token.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.itl = Histogram(
+            "labkit_inter_token_latency_seconds",
+            "Between two pieces of an answer, each one token or more.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.e2e = Histogram(
+            "labkit_request_duration_seconds",
+            "From the request's last byte to the answer's last token; completed requests.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._outcomes = Counter(
+            "labkit_requests", "Requests for completions by outcome.", ["outcome"], registry=self.registry
+        )
+        self._failures = Counter(
+            "labkit_failures", "Requests not answered whole, by kind.", ["kind"], registry=self.registry
+        )
+        for outcome in OUTCOMES:  # so that a rate can be computed from the first scrape on
+            self._outcomes.labels(outcome)
+
+    def completed(self, seconds: float) -> None:
+        self._outcomes.labels("completed").inc()
+        self.e2e.observe(seconds)
+
+    def ended(self, outcome: str, kind: str) -> None:
+        """``kind`` is one of a fixed few: a label never holds what a client sent."""
+        self._outcomes.labels(outcome).inc()
+        self._failures.labels(kind).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """One reading of the engine for each scrape, so that its numbers belong together."""
+
+    def __init__(self, engine: StreamingEngine) -> None:
+        self._engine = engine
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        yield GaugeMetricFamily("labkit_requests_waiting", "Requests in the queue.", stats.waiting)
+        yield GaugeMetricFamily("labkit_requests_running", "Requests in the running batch.", stats.running)
+        yield GaugeMetricFamily("labkit_kv_blocks_used", "KV blocks in use.", stats.kv_blocks_used)
+        yield GaugeMetricFamily("labkit_kv_blocks", "KV blocks in all.", stats.kv_blocks_total)
+        yield GaugeMetricFamily("labkit_kv_use_ratio", "Fraction of the KV blocks in use, 0 to 1.", stats.kv_use)
+        yield CounterMetricFamily("labkit_engine_steps", "Engine steps.", stats.steps)
+        yield CounterMetricFamily("labkit_prompt_tokens", "Prompt tokens of the requests taken.", stats.prompt_tokens)
+        yield CounterMetricFamily("labkit_generated_tokens", "Tokens generated.", stats.generated_tokens)
+        yield CounterMetricFamily("labkit_preemptions", "Requests put back for want of KV blocks.", stats.preemptions)
+        yield CounterMetricFamily("labkit_engine_busy_seconds", "Time spent in engine steps.", stats.busy_s)
