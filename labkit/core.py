@@ -26,8 +26,11 @@ class EngineCore(Protocol):
     """Most tokens of prompt and answer together."""
     eos_token_ids: frozenset[int]
 
+    def check(self, prompt_ids: list[int]) -> None:
+        """Raises ValueError for a prompt that is empty, too long or no token ids. Any thread may call this one."""
+
     def add(self, request_id: int, prompt_ids: list[int], sampling: SamplingParams) -> None:
-        """Puts a request in the queue. Raises ValueError for a prompt that is empty, too long or no token ids."""
+        """Puts a request in the queue. Raises ValueError as ``check`` does."""
 
     def cancel(self, request_id: int) -> None:
         """Ends a request, freeing what it holds; nothing more is said of it. Unknown ids are ignored."""
@@ -65,9 +68,12 @@ class LabkitCore:
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._busy_s = 0.0
 
+    def check(self, prompt_ids: list[int]) -> None:
+        check_prompt(prompt_ids, self.max_context, self.vocab_size)
+
     def add(self, request_id: int, prompt_ids: list[int], sampling: SamplingParams) -> None:
         """See EngineCore. What is valid but could never be held in the KV cache ends with finish reason 'error'."""
-        check_prompt(prompt_ids, self.max_context, self.vocab_size)
+        self.check(prompt_ids)
         if request_id in self._sequences:
             raise ValueError(f"request {request_id} exists already")
         limit = min(len(prompt_ids) + sampling.max_tokens, self.max_context)
@@ -166,7 +172,7 @@ OUT_OF_MEMORY = "out of memory; lower token_budget, max_batch or kv_blocks"
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether numpy, torch or CUDA raised ``error`` for want of memory; on the CPU torch raises a plain RuntimeError."""
+    """Whether numpy, torch or CUDA raised ``error`` for want of memory; for the CPU torch has a plain RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_OUT_OF_MEMORY)

@@ -96,6 +96,22 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     return model
 
 
+def load_model_for_generate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
+    """The same checkpoint as ``transformers`` loads it, for its ``generate``. Raises UserError if it cannot be."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    _weight_files(checkpoint.path)  # refuses pickles before transformers would look for them
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        )
+    except Exception as error:  # transformers raises many kinds here
+        raise UserError(f"{checkpoint.path} cannot be loaded: {error}") from error
+    # The checkpoint's own defaults (temperature, top-k, end of sequence) would apply wherever a request names none.
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model.to(device).requires_grad_(False).eval()
+
+
 def load_tokenizer(model: str) -> Any:
     """The ``transformers`` tokenizer of a directory or hub id. Raises UserError when there is none."""
     from transformers import AutoTokenizer

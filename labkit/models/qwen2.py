@@ -94,8 +94,8 @@ class Qwen2(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, token_ids: Tensor, positions: Tensor, cache: Sequence[Tensor], meta: AttentionMetadata) -> Tensor:
-        """token_ids, positions: [tokens] int64. cache: one tensor a layer (see labkit.kernels.attention), to which the new
-        keys and values are written. Returns [tokens, hidden], normed, in the weights' dtype."""
+        """token_ids, positions: [tokens] int64. cache: one tensor a layer (see labkit.kernels.attention), to which the
+        new keys and values are written. Returns [tokens, hidden], normed, in the weights' dtype."""
         residual = self.embed(token_ids)
         angles = rope_angles(positions, self.shape.head_dim, self.shape.rope_theta, residual.dtype)
         x = torch.zeros_like(residual)
