@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from labkit.errors import UserError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 app = typer.Typer(
     name="labkit",
@@ -194,6 +196,37 @@ def report(
         import webbrowser
 
         webbrowser.open(index.absolute().as_uri())
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Argument(help="A Hugging Face directory or hub id; absent: the shipped model.")] = None,
+    deployment: Annotated[str | None, typer.Option(help="A deployment as JSON, or a file that holds one.")] = None,
+    as_first_deployed: Annotated[bool, typer.Option("--as-first-deployed", help="Start from the first deployment.")] = False,
+    knobs: Annotated[list[str] | None, typer.Option("--set", help="One knob: NAME=VALUE. May be repeated.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="LABKIT_API_KEY", help="Required of every request under /v1/.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model; absent: its last name.")] = None,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest request body.")] = 4.0,
+    log_level: Annotated[LogLevel, typer.Option(help="debug also logs every request.")] = "warning",
+    die_with_parent: Annotated[bool, typer.Option("--die-with-parent", help="Stop when the starting process ends.")] = False,
+) -> None:
+    """Serve a model over an OpenAI-compatible API; prints "ready on URL" once it is warm."""
+    from labkit.serving.knobs import deployment_from
+
+    served = deployment_from(model, deployment, as_first_deployed, knobs or [])
+    from labkit.serving.options import ServerOptions
+    from labkit.serving.server import default_temperature, name_of
+    from labkit.serving.server import serve as run_server
+
+    options = ServerOptions(
+        model_name=served_model_name or name_of(served.model),
+        api_key=api_key or None,
+        max_body_bytes=int(max_body_mb * 2**20),
+        default_temperature=default_temperature(served.model),
+    )
+    sys.exit(run_server(served, options, host, port, log_level, die_with_parent))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ def deployment_from(
     model: str | None, given: str | None = None, as_first_deployed: bool = False, knobs: Sequence[str] = ()
 ) -> Deployment:
     """``given`` is a JSON object or a file that holds one, each of ``knobs`` is ``name=value``; the later ones win, and
-    ``model`` wins over all. Raises UserError for a knob, a value or a model that does not exist.
+    ``model`` wins over all. Raises UserError for a knob or value that does not exist.
     """
     if given is not None and as_first_deployed:
         raise UserError("--deployment and --as-first-deployed are two starting points; give one")
@@ -28,11 +28,9 @@ def deployment_from(
         changes = dict(map(_knob, knobs))
         if model is not None:
             changes["model"] = model
-        deployment = dataclasses.replace(start, **changes)
+        return dataclasses.replace(start, **changes)
     except (ValueError, TypeError) as error:
         raise UserError(f"not a deployment: {error}") from error
-    _check_model(deployment.model)
-    return deployment
 
 
 def _read(path: str) -> str:
@@ -53,15 +51,3 @@ def _knob(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _check_model(model: str) -> None:
-    """A path must be there; anything that looks like a hub id (one slash at most, nothing like a path) is left to the hub."""
-    path = Path(model)
-    if (path / "config.json").is_file():
-        return
-    if path.is_dir():
-        raise UserError(f"{model} is not a model: it has no config.json; give a Hugging Face directory")
-    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or path.exists()
-    if looks_like_path or Path(model.split("/")[0]).is_dir():
-        raise UserError(f"there is no model at {model}; give a Hugging Face directory or a hub id")

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 
 from labkit.deployment import Deployment
 from labkit.errors import UserError
+from labkit.models.loading import resolve_model
 from labkit.serving.app import create_app
 from labkit.serving.options import ServerOptions
 
@@ -113,6 +114,8 @@ def serve(
 
     Raises UserError for a model that is not there or an address that cannot be had.
     """
+    if not (resolve_model(deployment.model) / "config.json").is_file():
+        raise UserError(f"{deployment.model} is no model: it has no config.json; give a Hugging Face directory or a hub id")
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _allow_many_connections()
     listener = listen(host, port)
@@ -221,9 +224,17 @@ def _say(text: str, error: bool = False) -> None:
 
 
 def default_temperature(model: str) -> float:
-    """0 where the model's generation_config.json says ``do_sample: false``, else OpenAI's default of 1."""
+    """0 where the model's generation_config.json says ``do_sample: false``, else OpenAI's default of 1.
+
+    Raises UserError for a model that is not there.
+    """
     try:
-        config = json.loads((Path(model) / "generation_config.json").read_text())
+        config = json.loads((resolve_model(model) / "generation_config.json").read_text())
     except (OSError, ValueError):
         return 1.0
     return 0.0 if isinstance(config, dict) and config.get("do_sample") is False else 1.0
+
+
+def name_of(model: str) -> str:
+    """What clients call a model: a directory's name, or the hub id."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
