@@ -76,6 +76,7 @@ class Deployment:
             attention="eager",
             batching="static",
             max_batch=32,
+            chunked_prefill=False,
         )
         return replace(first, **knobs)
 

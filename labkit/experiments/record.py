@@ -51,8 +51,6 @@ def finish(
 ) -> Run:
     """Writes the run; ``more`` is what the caller knows besides (deployment, server, probes, key)."""
     reasons = client_reasons(load, workload, calibration)
-    if load.cut:
-        reasons.append(f"cut short: {load.cut}")
     manifest = {
         "deployment": None,
         **more,
@@ -65,6 +63,7 @@ def finish(
         "clock": {"source": f"time.perf_counter on {sys.platform}, t_s is since zero", "zero": load.zero},
         "started_at": datetime.fromtimestamp(load.started_at, UTC).isoformat(timespec="milliseconds"),
         "window": list(load.window),
+        "cut": load.cut,
         "valid": not reasons,
         "reasons": reasons,
         "client": {**client_facts(load), "calibration": dataclasses.asdict(calibration) if calibration else None},

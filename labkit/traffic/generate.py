@@ -28,7 +28,7 @@ from labkit.traffic.worker import Order
 from labkit.traffic.workload import Workload, schedule
 
 CHUNKS_A_SECOND = 20_000
-"""Chunks that one client process reads in a second with time to spare (measured: about 40,000 on one core of 2024)."""
+"""Chunks that one client process reads in a second with time to spare (parsing alone: about 50,000 on one core)."""
 
 STREAM_CHUNKS_A_SECOND = 100
 """How fast one closed-loop user's stream is assumed to come when the number of processes is chosen."""

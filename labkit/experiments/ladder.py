@@ -1,0 +1,146 @@
+"""The ladder: from the deployment as first deployed to the best one, one knob at a time, and the walk along it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from labkit.deployment import SHIPPED_MODEL, Deployment
+from labkit.experiments.measure import measure
+from labkit.experiments.provenance import code_version, machine
+from labkit.experiments.store import Run, RunStore
+from labkit.traffic.calibrate import Calibration
+from labkit.traffic.progress import showing_progress
+from labkit.traffic.workload import Workload
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the ladder. ``knob`` is what it turns against the rung before; empty for the first."""
+
+    name: str
+    deployment: Deployment
+    why: str
+    knob: str = ""
+
+
+def ladder(model: str = SHIPPED_MODEL, device: str = "cpu", **knobs: Any) -> list[Rung]:
+    """The rungs in order; each differs from the one before in exactly one knob. ``knobs`` hold all the way up.
+
+    bfloat16 is a rung only on ``device`` "cuda": few CPUs compute in it faster than in float32.
+    """
+    first = Deployment.as_first_deployed(model, device=device, **knobs)
+    steps: list[tuple[str, str, Any, str]] = [
+        ("fused attention", "attention", "sdpa", "PyTorch's fused kernels never hold the n x n scores in memory"),
+        ("own engine", "engine", "labkit", "packed tokens and a paged KV cache: no padding is computed"),
+        ("dynamic window", "batching", "dynamic", "waits up to 50 ms for a fuller batch, as the article proposes"),
+        (
+            "continuous batching",
+            "batching",
+            "continuous",
+            "requests join and leave at every step; nobody waits for the longest",
+        ),
+        ("chunked prefill", "chunked_prefill", True, "a long prompt no longer stops everybody else's tokens"),
+        ("larger batches", "max_batch", 256, "the batch is bounded by memory and not by a constant"),
+    ]
+    if device == "cuda":
+        steps.append(("bfloat16", "dtype", "bfloat16", "half the bytes to move, and Tensor Cores"))
+    rungs = [Rung("as first deployed", first, "transformers generate, eager attention, float32, static batches of 32")]
+    for name, knob, value, why in steps:
+        before = rungs[-1].deployment
+        if knob not in knobs and getattr(before, knob) != value:
+            rungs.append(Rung(name, replace(before, **{knob: value}), why, knob))
+    check(rungs)
+    return rungs
+
+
+def check(rungs: Sequence[Rung]) -> None:
+    """Raises ValueError unless every rung differs from the one before in the one knob it names, and no name comes
+    twice."""
+    for before, after in zip(rungs, rungs[1:], strict=False):
+        turned = list(before.deployment.differs_in(after.deployment))
+        if turned != [after.knob]:
+            raise ValueError(
+                f"rung {after.name!r} must turn exactly the knob {after.knob!r} against {before.name!r}; "
+                f"it turns {', '.join(turned) or 'none'}"
+            )
+    names = [rung.name for rung in rungs]
+    if len(set(names)) < len(names):
+        raise ValueError("rungs need names of their own")
+
+
+def run_key(deployment: Deployment, workload: Workload, repeat: int, code: dict[str, Any]) -> str:
+    """What makes a finished run stand for one that is to be made: deployment, workload, repeat, code and machine."""
+    parts = [deployment.to_json(), workload.to_json(), repeat, code, machine()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def walk(
+    rungs: Sequence[Rung],
+    workload: Workload,
+    store: RunStore,
+    repeats: int = 3,
+    *,
+    hz: float = 5.0,
+    calibration: Calibration | None = None,
+    say: Callable[[str], None] = print,
+    measure: Callable[..., Run] = measure,
+) -> list[Run]:
+    """Measures every rung ``repeats`` times, interleaved (up the ladder, down, up …) so that drift hits all alike.
+
+    Valid runs that are in the store already, made by the same code on the same machine, are taken as they are: a walk
+    that was killed goes on where it was. ``say`` gets a line a run with the time left. Runs come in order of rung and
+    repeat.
+    """
+    check_repeats(repeats)
+    finished = {run.manifest.get("key"): run for run in store.list() if run.valid}
+    plan = [(repeat, rung) for repeat in range(repeats) for rung in (rungs if repeat % 2 == 0 else rungs[::-1])]
+    code = code_version()
+    keys = {(repeat, rung.name): run_key(rung.deployment, workload, repeat, code) for repeat, rung in plan}
+    made: dict[tuple[int, str], Run] = {}
+    took: dict[str, float] = {}
+    for number, (repeat, rung) in enumerate(plan):
+        position, label = (repeat, rung.name), f"[{number + 1}/{len(plan)}] {rung.name}, repeat {repeat + 1}"
+        if keys[position] in finished:
+            made[position] = finished[keys[position]]
+            say(f"{label}: already measured ({made[position].name})")
+            continue
+        left = [other.name for later, other in plan[number:] if keys[later, other.name] not in finished]
+        say(f"{label}{_time_left(left, took)}")
+        began = time.monotonic()
+        with showing_progress(label) as progress:
+            made[position] = measure(
+                rung.deployment, workload, store, name=_file_name(rung.name), hz=hz, calibration=calibration,
+                progress=progress, notes={"rung": rung.name, "repeat": repeat, "key": keys[position]},
+            )  # fmt: skip
+        took[rung.name] = time.monotonic() - began
+    return [made[repeat, rung.name] for rung in rungs for repeat in range(repeats)]
+
+
+def runs_by_rung(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of a walk under the name of their rung, in order."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.manifest["rung"], []).append(run)
+    return groups
+
+
+def check_repeats(repeats: int) -> None:
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1; got {repeats}")
+
+
+def _time_left(names: Sequence[str], took: dict[str, float]) -> str:
+    if not took:
+        return ""
+    typical = sum(took.values()) / len(took)
+    seconds = sum(took.get(name, typical) for name in names)
+    return f": about {seconds / 60:.0f} min left" if seconds >= 90 else f": about {seconds:.0f} s left"
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" ", "-")
