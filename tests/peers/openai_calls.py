@@ -40,9 +40,11 @@ said["chat_stream_bare"] = [chunk.model_dump() for chunk in client.chat.completi
 said["two"] = client.chat.completions.create(**asked, n=2).model_dump()
 said["logprobs"] = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3).model_dump()
 
-sampled = {**asked, "temperature": 1.0, "seed": 7}
 said["seeds"] = [
-    client.chat.completions.create(**{**sampled, "seed": seed}).choices[0].model_dump() for seed in (7, 7, 8)
+    client.chat.completions.create(**{**asked, "temperature": 2.0, "max_tokens": 60, "seed": seed})
+    .choices[0]
+    .model_dump()
+    for seed in (7, 7, 8, 9, 10)
 ]
 
 text = {"model": model, "prompt": prompt, "max_tokens": 24, "temperature": 0}
