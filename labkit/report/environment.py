@@ -12,7 +12,7 @@ NOTEBOOK_PACKAGES = ("plotly", "papermill", "ipykernel")
 
 
 def environment() -> dict[str, Any]:
-    """``machine``, ``versions`` and ``code``, as the manifest of a run has them, and the packages of notebooks besides."""
+    """``machine``, ``versions`` and ``code``, as in the manifest of a run, and the packages of notebooks besides."""
     versions = {name: number for name, number in provenance.versions().items() if number is not None}
     for package in NOTEBOOK_PACKAGES:
         try:
@@ -26,7 +26,8 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     """One line for a caption or the head of a table, from ``environment()["machine"]`` or a run's manifest."""
     gpus = machine.get("gpus") or []
     device = ", ".join(str(gpu["name"]) for gpu in gpus) if gpus else "no GPU"
-    return f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_bytes'] / 2**30:.0f} GiB, {device}"
+    memory = float(machine.get("ram_bytes") or 0) / 2**30
+    return f"{machine.get('cores', '?')} cores of {machine.get('cpu', '?')}, {memory:.0f} GiB, {device}"
 
 
 def code_line(code: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ class Progress:
         """``cells``: code cells to come; ``earlier_s``: what each took the last time, to tell the time left."""
         self._name, self._cells, self._earlier = name, cells, tuple(earlier_s)
         self._began = self._shown = time.perf_counter()
-        about = f", about {_clock(sum(self._earlier))}" if self._knows() else ""
+        about = f", about {clock(sum(self._earlier))}" if self._knows() else ""
         self.line(f"{name}: {cells} cells{about}")
 
     def tick(self, cell_s: Sequence[float]) -> None:
@@ -39,16 +39,16 @@ class Progress:
             return
         self._shown = now
         elapsed = now - self._began
-        text = f"{self._name}: cell {min(len(cell_s) + 1, self._cells)} of {self._cells}, {_clock(elapsed)}"
+        text = f"{self._name}: cell {min(len(cell_s) + 1, self._cells)} of {self._cells}, {clock(elapsed)}"
         if self._knows():
             left = sum(self._earlier) - max(
                 sum(self._earlier[: len(cell_s)]), min(elapsed, sum(self._earlier[: len(cell_s) + 1]))
             )
-            text += f", about {_clock(max(0.0, left))} left"
+            text += f", about {clock(max(0.0, left))} left"
         self._write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
 
     def end(self, name: str, status: str, duration_s: float, reason: str | None) -> None:
-        self.line(f"{name}: {status} after {_clock(duration_s)}" + (f": {reason}" if reason else ""))
+        self.line(f"{name}: {status} after {clock(duration_s)}" + (f": {reason}" if reason else ""))
 
     def _knows(self) -> bool:
         return len(self._earlier) == self._cells
@@ -67,9 +67,10 @@ def summary(executions: Sequence[Execution], stream: TextIO) -> None:
     for execution in executions:
         colour = "green" if execution.status == "succeeded" else "red"
         reason = (execution.reason or "").replace("[", "\\[")
-        table.add_row(execution.notebook, f"[{colour}]{execution.status}[/]", _clock(execution.duration_s), reason)
-    Console(file=stream).print(table)
+        table.add_row(execution.notebook, f"[{colour}]{execution.status}[/]", clock(execution.duration_s), reason)
+    Console(file=stream, force_jupyter=False).print(table)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds: 3:07."""
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
