@@ -60,7 +60,7 @@ format: $(STAMP) ## Format code and notebooks, remove outputs from notebooks
 
 .PHONY: jupyter
 jupyter: $(STAMP) ## Open JupyterLab on notebooks/
-	@cd notebooks && ../$(BIN)/jupyter lab
+	@cd notebooks && ../$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: lock
 lock: ## Write the lock files anew, keeping pins that still fit (UPGRADE=--upgrade takes the newest)
