@@ -1,6 +1,6 @@
 """The deployment as first deployed: ``transformers`` ``generate`` over static batches padded to the longest.
 
-It is meant as an honest baseline: one batch at a time, but the same prompts, stopping rule and answers as the engine of this project.
+An honest baseline: one batch at a time, but the same prompts, stopping rule and answers as this project's engine.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TransformersCore:
         self._waiting.append(_Request(request_id, list(prompt_ids), sampling, most))
 
     def cancel(self, request_id: int) -> None:
-        """Takes a request out of the queue. One that runs runs on: the thread is in ``generate`` until the batch ends."""
+        """Takes a request out of the queue. A running one runs on: the thread is in ``generate`` until the batch ends."""
         self._waiting = deque(each for each in self._waiting if each.request_id != request_id)
 
     def has_work(self) -> bool:

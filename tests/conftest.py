@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,33 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     model.save_pretrained(path)
     return path
+
+
+@dataclass(frozen=True)
+class GreedyCase:
+    """A prompt and the 64 tokens that ``transformers`` answers greedily when end-of-sequence tokens are ignored."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+@pytest.fixture(scope="session")
+def greedy_cases(tiny_model: Path) -> list[GreedyCase]:
+    """50 prompts for ``tiny_model``, 1 to 400 tokens, shuffled, with the answers that ``transformers`` gives."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    chance, cases = random.Random(0), []
+    for length in (1, 2, 7, 15, 16, 17, 33, 100, 257, 400):
+        prompts = [[chance.randrange(3, 398) for _ in range(length)] for _ in range(5)]
+        ids = torch.tensor(prompts)
+        answers = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, eos_token_id=-1, do_sample=False
+        )[:, length:]
+        cases += [GreedyCase(prompt, answer) for prompt, answer in zip(prompts, answers.tolist(), strict=True)]
+    chance.shuffle(cases)
+    return cases
 
 
 def build_tokenizer():  # type: ignore[no-untyped-def]

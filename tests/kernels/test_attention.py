@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from labkit.kernels import attention
+from labkit.kernels.attention import AttentionMetadata, paged_attention, write_kv
+
+
+def reference(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Causal attention of the last tokens of one sequence in float64, head by head, token by token."""
+    new, heads, head_dim = query.shape
+    length, kv_heads, _ = keys.shape
+    out = np.zeros((new, heads, head_dim))
+    for token in range(new):
+        seen = length - new + token + 1
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            scores = keys[:seen, kv].astype(np.float64) @ query[token, head] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            out[token, head] = weights @ values[:seen, kv] / weights.sum()
+    return out
+
+
+def run(
+    lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int, block_size: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Attention over sequences of (new, context) tokens with scattered blocks: what the kernel gives, and the reference."""
+    rng = np.random.default_rng(0)
+    counts = [-(-context // block_size) for _, context in lengths]
+    order = iter(rng.permutation(sum(counts) + 3).tolist())
+    tables = torch.zeros(len(lengths), max(counts), dtype=torch.int64)
+    # Garbage where nothing was written: it must not reach any output.
+    cache = torch.full((2, kv_heads, sum(counts) + 3, block_size, head_dim), 1e4)
+    queries, slots, expected = [], [], []
+    for row, (new, context) in enumerate(lengths):
+        tables[row, : counts[row]] = torch.tensor([next(order) for _ in range(counts[row])])
+        keys, values = rng.normal(size=(2, context, kv_heads, head_dim)).astype(np.float32)
+        query = rng.normal(size=(new, heads, head_dim)).astype(np.float32)
+        place = tables[row, torch.arange(context) // block_size] * block_size + torch.arange(context) % block_size
+        write_kv(cache, torch.from_numpy(keys), torch.from_numpy(values), place)
+        queries.append(torch.from_numpy(query))
+        slots.append(place[context - new :])
+        expected.append(reference(query, keys, values))
+    meta = AttentionMetadata([new for new, _ in lengths], [c for _, c in lengths], tables, torch.cat(slots))
+    return paged_attention(torch.cat(queries), cache, meta), np.concatenate(expected)
+
+
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(1, 1, 16), (4, 1, 8), (6, 2, 64), (7, 7, 16), (12, 2, 128)])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(1, 1)],
+        [(1, 15), (1, 16), (1, 17), (1, 40)],
+        [(15, 15)],
+        [(16, 16), (17, 17)],
+        [(1, 33), (5, 5), (5, 21), (16, 32), (2, 50)],
+    ],
+)
+def test_attention_is_causal_attention(lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int) -> None:
+    found, expected = run(lengths, heads, kv_heads, head_dim, block_size=16)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 64])
+def test_any_block_size(block_size: int) -> None:
+    found, expected = run([(1, 10), (4, 9), (7, 7)], 4, 2, 16, block_size)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+
+
+def test_the_padded_decode_batch_of_cuda_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_at_once(queries: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
+        return attention._decode_batch(queries, cache, meta.block_tables, meta.context_lens)
+
+    monkeypatch.setattr(attention, "paged_attention", all_at_once)
+    monkeypatch.setitem(globals(), "paged_attention", all_at_once)
+    found, expected = run([(1, 1), (1, 16), (1, 17), (1, 100)], 6, 2, 16, block_size=16)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)

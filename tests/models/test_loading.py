@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from labkit.errors import UserError
+from labkit.models.loading import load_model, load_model_for_generate, load_tokenizer, open_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(path: Path, change: Any) -> None:
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(path: Path) -> Any:
+    return load_model(open_checkpoint(str(path)), CPU, torch.float32)
+
+
+def test_every_weight_is_loaded(tiny_model: Path) -> None:
+    """No parameter keeps what memory happened to hold: all values are those of the checkpoint, each once."""
+    ours = torch.cat([p.flatten() for p in load(tiny_model).parameters()]).sort().values
+    theirs = torch.cat([p.flatten() for p in load_file(tiny_model / "model.safetensors").values()]).sort().values
+    assert torch.equal(ours, theirs)
+
+
+def test_sharded_and_tied_checkpoints(tiny_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    single = load(tiny_model).state_dict()
+    for name, weight in load(tmp_path / "sharded").state_dict().items():
+        assert torch.equal(weight, single[name])
+
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    tied = load(tmp_path / "tied")
+    assert tied.head.weight is tied.embed.weight
+    assert torch.equal(tied.head.weight, model.model.embed_tokens.weight)
+
+
+def test_eos_may_be_one_or_many_and_generation_config_wins(copy: Path) -> None:
+    assert open_checkpoint(str(copy)).eos_token_ids == {2}
+    edit_json(copy / "generation_config.json", eos_token_id=[2, 7])
+    assert open_checkpoint(str(copy)).eos_token_ids == {2, 7}
+    (copy / "generation_config.json").unlink()
+    edit_json(copy / "config.json", eos_token_id=9)
+    assert open_checkpoint(str(copy)).eos_token_ids == {9}
+    edit_json(copy / "config.json", eos_token_id=None)
+    assert open_checkpoint(str(copy)).eos_token_ids == frozenset()
+
+
+def test_pickles_are_refused_by_both_engines(copy: Path) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="pickles"):
+        load(copy)
+    with pytest.raises(UserError, match="pickles"):
+        load_model_for_generate(open_checkpoint(str(copy)), CPU, torch.float32, "sdpa")
+
+
+def test_wrong_tensors_are_named(copy: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    kept = load_file(copy / "model.safetensors")[name]
+    edit_weights(copy, lambda weights: weights.pop(name))
+    with pytest.raises(UserError, match=f"lacks 1 tensors, such as {name}"):
+        load(copy)
+    edit_weights(copy, lambda weights: weights.update({name: kept[:-1].clone()}))
+    with pytest.raises(UserError, match=rf"{name} is \[31, 64\], config.json makes it \[32, 64\]"):
+        load(copy)
+    edit_weights(copy, lambda weights: weights.update({name: kept, "model.layers.7.extra": torch.zeros(1)}))
+    with pytest.raises(UserError, match="unexpected tensor model.layers.7.extra"):
+        load(copy)
+
+
+def test_broken_directories_are_explained(copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        load(copy)
+    edit_json(copy / "config.json", architectures=["GPT2LMHeadModel"])
+    with pytest.raises(UserError, match="GPT2LMHeadModel; supported are: Qwen2ForCausalLM"):
+        open_checkpoint(str(copy))
+    (copy / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_checkpoint(str(copy))
+    (copy / "config.json").unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_checkpoint(str(copy))
+    with pytest.raises(UserError, match="no model directory"):
+        open_checkpoint(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_hub_id_that_cannot_be_had_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub does not give it"):
+        open_checkpoint("nobody/no-such-model")
+
+
+def test_missing_shards_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    shards = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"lacks the shards {shards[1].name}"):
+        load(tmp_path / "sharded")
