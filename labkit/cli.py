@@ -41,14 +41,22 @@ def train(
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a micro-batch.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch, instead of --batch-tokens.")] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Sequences in a micro-batch, instead of --batch-tokens.")
+    ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches in a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data and initial weights.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe.")] = True,
-    compile_steps: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile; by default on CUDA.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Processes that write documents; by default all cores but two.")] = None,
-    checkpoints: Annotated[Path | None, typer.Option(help="Directory for checkpoints; OUT-checkpoints by default.")] = None,
+    compile_steps: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile; by default on CUDA.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that write documents; by default all cores but two.")
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Directory for checkpoints; OUT-checkpoints by default.")
+    ] = None,
     checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
     checkpoint_every_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides.")] = None,
     runs: Annotated[Path, typer.Option(help="Run store, for the loss curve.")] = Path("runs"),
@@ -69,7 +77,14 @@ def train(
         compile=device.startswith("cuda") if compile_steps is None else compile_steps,
         processes=max(0, (os.cpu_count() or 1) - 2) if processes is None else processes,
     )  # fmt: skip
-    run_training(options, out, checkpoints or out.with_name(out.name + "-checkpoints"), runs, resume, say=lambda line: print(line, flush=True))
+    run_training(
+        options,
+        out,
+        checkpoints or out.with_name(out.name + "-checkpoints"),
+        runs,
+        resume,
+        say=lambda line: print(line, flush=True),
+    )
 
 
 @app.command()
@@ -89,31 +104,47 @@ def evaluate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    run_evaluation(model, problems, buckets.split(","), seed, device, dtype, result, say=lambda line: print(line, flush=True))
+    run_evaluation(
+        model, problems, buckets.split(","), seed, device, dtype, result, say=lambda line: print(line, flush=True)
+    )
 
 
 @app.command()
 def load(
     url: Annotated[str, typer.Argument(help="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000.")],
-    users: Annotated[int | None, typer.Option(help="Closed loop: so many users, each waiting for an answer before asking again.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Open loop instead: so many requests per second, whatever the server does.")] = None,
-    requests: Annotated[int | None, typer.Option(help="Measured requests (40 unless a duration or a trace is given).")] = None,
+    users: Annotated[
+        int | None, typer.Option(help="Closed loop: so many users, each waiting for an answer before asking again.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop instead: so many requests per second, whatever the server does.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Measured requests (40 unless a duration or a trace is given).")
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="Or measured seconds.")] = None,
     arrivals: Annotated[str | None, typer.Option(help="Open loop: poisson (default), constant or bursty.")] = None,
     cv: Annotated[float, typer.Option(help="Bursty: coefficient of variation of the gaps.")] = 3.0,
-    trace: Annotated[str | None, typer.Option(help="JSONL of requests: t (s), and bucket or prompt (with answer, max_tokens).")] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="JSONL of requests: t (s), and bucket or prompt (with answer, max_tokens).")
+    ] = None,
     think: Annotated[float, typer.Option(help="Closed loop: seconds between an answer and the next request.")] = 0.0,
     ramp: Annotated[float, typer.Option(help="Seconds over which users or rate rise; not measured.")] = 0.0,
     warm_up: Annotated[float, typer.Option(help="Seconds after the ramp that are not measured.")] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed (the article's client: 5).")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds after which a request has failed (the article's client: 5).")
+    ] = 60.0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     mix: Annotated[str, typer.Option(help="Percent of short/medium/long prompts.")] = "60/30/10",
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Ask for streamed answers.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
     model: Annotated[str | None, typer.Option(help="Model to ask for; the server's first by default.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="LABKIT_API_KEY", help="Bearer token.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Client processes; as many as the traffic needs by default.")] = None,
-    calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Measure the client itself afterwards (some 5 s).")] = True,
+    processes: Annotated[
+        int | None, typer.Option(help="Client processes; as many as the traffic needs by default.")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Measure the client itself afterwards (some 5 s).")
+    ] = True,
     name: Annotated[str, typer.Option(help="Name of the run.")] = "load",
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
 ) -> None:
@@ -138,9 +169,10 @@ def load(
         requests = 40
     try:
         workload = Workload(
-            name=name, mix=parse_mix(mix), arrivals=kind, users=users if users is not None else 8,  # type: ignore[arg-type]
-            think_s=think, rate=rate if rate is not None else 1.0, cv=cv, trace=trace, requests=requests, duration_s=duration,
-            ramp_s=ramp, warmup_s=warm_up, timeout_s=timeout, max_tokens=max_tokens, stream=stream, seed=seed,
+            name=name, mix=parse_mix(mix), arrivals=kind, users=8 if users is None else users,  # type: ignore[arg-type]
+            think_s=think, rate=1.0 if rate is None else rate, cv=cv, trace=trace, requests=requests,
+            duration_s=duration, ramp_s=ramp, warmup_s=warm_up, timeout_s=timeout, max_tokens=max_tokens,
+            stream=stream, seed=seed,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -150,7 +182,14 @@ def load(
     try:
         with showing_progress(name) as progress:
             run = record_load(
-                url, workload, store, model, api_key=api_key, processes=processes, calibrated=calibrate, progress=progress
+                url,
+                workload,
+                store,
+                model,
+                api_key=api_key,
+                processes=processes,
+                calibrated=calibrate,
+                progress=progress,
             )
     except KeyboardInterrupt:
         print("labkit: interrupted; nothing of this run was kept", file=sys.stderr)
@@ -164,7 +203,9 @@ def run(
     notebooks: Annotated[list[Path] | None, typer.Argument(help="Notebooks to execute; by default all.")] = None,
     profile: Annotated[str | None, typer.Option(help="quick, cpu or h200; by default LABKIT_PROFILE or quick.")] = None,
     timeout: Annotated[float | None, typer.Option(min=1, help="Seconds a notebook may take.")] = None,
-    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="name=value, the value YAML.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", help="name=value, the value YAML.")
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Directory of the notebooks.")] = Path("notebooks"),
     out: Annotated[Path, typer.Option(help="Directory for what comes of them.")] = Path("runs"),
 ) -> None:
@@ -200,17 +241,27 @@ def report(
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Argument(help="A Hugging Face directory or hub id; absent: the shipped model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face directory or hub id; absent: the shipped model.")
+    ] = None,
     deployment: Annotated[str | None, typer.Option(help="A deployment as JSON, or a file that holds one.")] = None,
-    as_first_deployed: Annotated[bool, typer.Option("--as-first-deployed", help="Start from the first deployment.")] = False,
+    as_first_deployed: Annotated[
+        bool, typer.Option("--as-first-deployed", help="Start from the first deployment.")
+    ] = False,
     knobs: Annotated[list[str] | None, typer.Option("--set", help="One knob: NAME=VALUE. May be repeated.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="LABKIT_API_KEY", help="Required of every request under /v1/.")] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model; absent: its last name.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LABKIT_API_KEY", help="Required of every request under /v1/.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model; absent: its last name.")
+    ] = None,
     max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest request body.")] = 4.0,
     log_level: Annotated[LogLevel, typer.Option(help="debug also logs every request.")] = "warning",
-    die_with_parent: Annotated[bool, typer.Option("--die-with-parent", help="Stop when the starting process ends.")] = False,
+    die_with_parent: Annotated[
+        bool, typer.Option("--die-with-parent", help="Stop when the starting process ends.")
+    ] = False,
 ) -> None:
     """Serve a model over an OpenAI-compatible API; prints "ready on URL" once it is warm."""
     from labkit.serving.knobs import deployment_from
