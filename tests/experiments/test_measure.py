@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -10,6 +11,8 @@ import pytest
 from labkit.deployment import Deployment
 from labkit.errors import UserError
 from labkit.experiments import metrics
+from labkit.experiments.compare import same_work
+from labkit.experiments.ladder import ladder, walk
 from labkit.experiments.measure import exit_text, measure, running_server
 from labkit.experiments.store import RunStore
 from labkit.traffic.workload import Workload
@@ -91,3 +94,22 @@ def test_a_server_that_never_gets_ready_is_said(tmp_path, program, words):
 
 def test_exit_codes_read_as_words():
     assert (exit_text(1), exit_text(-15)) == ("exit code 1", "killed by SIGTERM")
+
+
+@pytest.mark.slow
+def test_both_ends_of_the_ladder_serve_the_same_answers(tmp_path, tiny_model):
+    """The real server, with both engines: whole answers, equal token for token, and the engine's counters in the samples."""
+    rows = [{"t": 0.05 * k, "prompt": f"What is the fee of trade {k}?", "max_tokens": 6 + k} for k in range(8)]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    workload = Workload(arrivals="trace", trace=str(tmp_path / "trace.jsonl"))
+    rungs = ladder(str(tiny_model))
+    first, best = walk([rungs[0], rungs[-1]], workload, RunStore(tmp_path / "runs"), repeats=1, hz=20)
+    assert (
+        metrics.error_rate(first.requests, first.window).value
+        == metrics.error_rate(best.requests, best.window).value
+        == 0
+    )
+    work = same_work(first, best)
+    assert work.same and work.common == 8, work
+    counters = best.samples[(best.samples["probe"] == "engine") & (best.samples["name"] == "generated_tokens")]
+    assert counters["value"].max() > 0
