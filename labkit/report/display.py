@@ -35,14 +35,15 @@ class Shown:
 
 
 def show_verdict(verdict: Verdict) -> Shown:
-    """Records the verdict for the report (see ``claims.record``) and returns it for showing as the cell's last value."""
+    """Records the verdict for the report (see ``claims.record``) and returns it to be shown by the cell."""
     record(verdict)
     stated = claim(verdict.claim)
     numbers = "".join(f"<li>{html.escape(_evidence(item))}</li>" for item in verdict.evidence)
+    style = f"border-left:4px solid {COLOURS[verdict.outcome]};padding:.4em 1em;margin:.8em 0"
     page = (
-        f'<div class="labkit-verdict" style="border-left:4px solid {COLOURS[verdict.outcome]};padding:.4em 1em;margin:.8em 0">'
+        f'<div class="labkit-verdict" style="{style}">'
         f"<div>{badge(verdict.outcome)} <strong>{verdict.claim}</strong> {html.escape(stated.text)}</div>"
-        f"<div>{html.escape(verdict.reason)}</div>" + (f"<ul>{numbers}</ul>" if numbers else "") + "</div>"
+        f"<div>{html.escape(verdict.reason)}</div>{f'<ul>{numbers}</ul>' if numbers else ''}</div>"
     )
     lines = [f"{verdict.claim} {verdict.outcome}: {stated.text}", f"  {verdict.reason}"]
     return Shown(page, "\n".join(lines + [f"  - {_evidence(item)}" for item in verdict.evidence]))
@@ -56,10 +57,8 @@ def show_verdicts(verdicts: Sequence[Verdict]) -> Shown:
 
 def takeaway(text: str) -> Shown:
     """The boxed conclusion of an experiment; ``text`` is Markdown."""
-    page = (
-        '<div class="labkit-takeaway" style="border:1px solid #2f6db5;border-left-width:6px;border-radius:4px;padding:.2em 1em;'
-        f'margin:1em 0"><strong>Takeaway</strong>{mistune.html(text)}</div>'
-    )
+    style = "border:1px solid #2f6db5;border-left-width:6px;border-radius:4px;padding:.2em 1em;margin:1em 0"
+    page = f'<div class="labkit-takeaway" style="{style}"><strong>Takeaway</strong>{mistune.html(text)}</div>'
     return Shown(page, f"Takeaway: {text}")
 
 
@@ -80,10 +79,8 @@ def environment_table(profile: str, **more: Any) -> Table:
 
 def badge(outcome: str) -> str:
     """A coloured word."""
-    return (
-        f'<span class="labkit-badge" style="background:{COLOURS[outcome]};color:#fff;border-radius:3px;padding:.1em .5em;'
-        f'font-size:.85em;white-space:nowrap">{html.escape(outcome)}</span>'
-    )
+    style = f"background:{COLOURS[outcome]};color:#fff;border-radius:3px;padding:.1em .5em;font-size:.85em"
+    return f'<span class="labkit-badge" style="{style}">{html.escape(outcome)}</span>'
 
 
 def _evidence(item: Evidence) -> str:

@@ -11,65 +11,54 @@ from plotly.subplots import make_subplots
 
 from labkit.report.tables import digits, quantity
 
-# Okabe and Ito's palette without its yellow: apart from each other for every kind of colour vision, on white and on dark.
+# Okabe and Ito's palette without its yellow: told apart by every kind of colour vision, on white and on dark.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 GREY = "#7a828c"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right", "traceorder": "normal"}
+STATIC = {"showarrow": False, "xanchor": "left"}
 
 
 def latency_by_users(
-    table: pd.DataFrame,
-    quantity_name: str = "P95 latency",
-    limit_s: float | None = None,
-    title: str = "",
-    note: str = "",
+    table: pd.DataFrame, measure: str = "P95 latency", limit_s: float | None = None, title: str = "", note: str = ""
 ) -> go.Figure:
     """Lines over users, one a deployment. Columns: users, deployment, value, low, high (seconds).
 
     ``limit_s`` draws the article's limit. Both axes are logarithmic: a straight rise is a queue that grows with the users.
     """
     figure = go.Figure()
-    for colour, (name, part) in zip(
-        _colours(table["deployment"].nunique()), table.groupby("deployment", sort=False), strict=True
-    ):
-        part = part.sort_values("users")
+    for colour, name, part in _named(table, "deployment", "users"):
+        ends = (0, len(part) - 1)
+        numbers = [quantity(value, "s") if place in ends else "" for place, value in enumerate(part["value"])]
         figure.add_scatter(
-            x=part["users"], y=part["value"], mode="lines+markers+text", name=str(name), line_color=colour,
-            error_y=_errors(part), textposition="top center", cliponaxis=False,
-            text=[quantity(value, "s") if position in (0, len(part) - 1) else "" for position, value in enumerate(part["value"])],
-        )  # fmt: skip
+            x=part["users"], y=part["value"], mode="lines+markers+text", name=name, error_y=_errors(part)
+        )
+        figure.data[-1].update(line_color=colour, text=numbers, textposition="bottom right", cliponaxis=False)
         last = part.iloc[-1]
-        _label(figure, last["users"], last["value"], str(name), colour, log=True)
+        _label(figure, math.log10(last["users"]), math.log10(last["value"]), name, colour)
     if limit_s is not None:
-        figure.add_hline(
-            y=limit_s, line_dash="dot", line_color=GREY, annotation_text=f"limit {quantity(limit_s, 's')}",
-            annotation_position="top left",
-        )  # fmt: skip
+        figure.add_hline(y=limit_s, line_dash="dot", line_color=GREY)
+        # On a logarithmic axis an annotation, unlike a shape, is placed by the logarithm.
+        limit = {"text": f"limit {quantity(limit_s, 's')}", "yanchor": "bottom", "font_color": GREY}
+        figure.add_annotation(x=0, xref="paper", y=math.log10(limit_s), **limit, **STATIC)
     figure.update_xaxes(title="concurrent users", type="log", tickvals=sorted(table["users"].unique()), tickformat="d")
-    figure.update_yaxes(title=f"{quantity_name} (s)", type="log", dtick=1)
+    figure.update_yaxes(title=f"{measure} (s)", type="log", tickvals=_ticks(), tickformat="~g")
     return _styled(figure, title, note, right=150)
 
 
 def lines(
     table: pd.DataFrame, x: str, x_title: str, y_title: str, title: str = "", note: str = "", log_x: bool = False
 ) -> go.Figure:
-    """Any number over any other, one line a name. Columns: ``x``, name, value, and low and high where there are intervals."""
+    """Any number over any other, one line a name. Columns: ``x``, name, value, and low and high where there are any."""
     figure = go.Figure()
-    for colour, (name, part) in zip(_colours(table["name"].nunique()), table.groupby("name", sort=False), strict=True):
-        part = part.sort_values(x)
-        figure.add_scatter(
-            x=part[x], y=part["value"], mode="lines+markers", name=str(name), line_color=colour, error_y=_errors(part)
-        )
-        _label(
-            figure,
-            math.log10(part[x].iloc[-1]) if log_x else part[x].iloc[-1],
-            part["value"].iloc[-1],
-            str(name),
-            colour,
-        )
+    for colour, name, part in _named(table, "name", x):
+        figure.add_scatter(x=part[x], y=part["value"], mode="lines+markers", name=name, error_y=_errors(part))
+        figure.data[-1].update(line_color=colour)
+        end = part[x].iloc[-1]
+        _label(figure, math.log10(end) if log_x else end, part["value"].iloc[-1], name, colour)
     figure.update_xaxes(title=x_title, type="log" if log_x else "linear")
     if log_x:
-        figure.update_xaxes(tickvals=sorted(table[x].unique()), tickformat="d")
+        figure.update_xaxes(tickvals=sorted(table[x].unique()), tickformat="~g")
     figure.update_yaxes(title=y_title, rangemode="tozero")
     return _styled(figure, title, note, right=150)
 
@@ -83,22 +72,19 @@ def timeline(
 ) -> go.Figure:
     """Samples over the time of the run, one row each. ``rows``: (probe, name, axis title with unit).
 
-    Columns: t_s, probe, name, value (``labkit.probes.sampler``). ``window`` shades what was measured. A row whose probe
-    read nothing says so in its place.
+    Columns: t_s, probe, name, value (as ``labkit.probes.sampler`` gives them). ``window`` shades what was measured. A row
+    whose probe read nothing says so in its place.
     """
     figure = make_subplots(rows=len(rows), cols=1, shared_xaxes=True, vertical_spacing=0.25 / (len(rows) + 2))
     for position, (probe, name, axis) in enumerate(rows, start=1):
-        part = samples[(samples["probe"] == probe) & (samples["name"] == name)]
-        colour = PALETTE[(position - 1) % len(PALETTE)]
-        figure.add_scatter(
-            x=part["t_s"], y=part["value"], mode="lines", line={"color": colour, "width": 1.5}, row=position, col=1, name=axis,
-        )  # fmt: skip
+        part, place = samples[(samples["probe"] == probe) & (samples["name"] == name)], {"row": position, "col": 1}
+        figure.add_scatter(x=part["t_s"], y=part["value"], mode="lines", name=axis, **place)
+        figure.data[-1].update(line_color=PALETTE[(position - 1) % len(PALETTE)], line_width=1.5)
+        figure.update_yaxes(title=axis, rangemode="tozero", **place)
         if part.empty:
-            figure.add_annotation(
-                text=f"{probe}: not read here", x=0.5, y=0.5, xref="x domain", yref="y domain", showarrow=False,
-                font_color=GREY, row=position, col=1,
-            )  # fmt: skip
-        figure.update_yaxes(title=axis, rangemode="tozero", row=position, col=1)
+            middle = {"x": 0.5, "y": 0.5, "xref": "x domain", "yref": "y domain", "showarrow": False}
+            figure.add_annotation(text=f"{probe}: not read here", font_color=GREY, **middle, **place)
+            figure.update_yaxes(showticklabels=False, **place)
     if window is not None:
         figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.12, line_width=0, layer="below")
     figure.update_xaxes(title="time of the run (s)", row=len(rows), col=1)
@@ -106,96 +92,80 @@ def timeline(
 
 
 def ladder(
-    table: pd.DataFrame, axis: str, title: str = "", note: str = "", reference: float | None = None
+    table: pd.DataFrame, axis: str, title: str = "", note: str = "", reference: tuple[str, float] | None = None
 ) -> go.Figure:
     """One bar a rung, the first on top, with intervals and the number beside it. Columns: rung, value, low, high, unit.
 
-    ``reference`` draws a line (the article's figure, or what the hardware can do at most).
+    ``reference`` (name, value) draws a line: the article's figure, or what the hardware can do at most.
     """
     colours = [GREY] + [PALETTE[0]] * (len(table) - 1)
-    figure = go.Figure(
-        go.Bar(
-            x=table["value"],
-            y=table["rung"],
-            orientation="h",
-            marker_color=colours,
-            error_x=_errors(table),
-            cliponaxis=False,
-            width=0.6,
-        )  # fmt: skip
-    )
+    figure = go.Figure(go.Bar(x=table["value"], y=table["rung"], orientation="h", marker_color=colours, width=0.6))
+    figure.data[0].update(error_x=_errors(table), cliponaxis=False)
     for rung, value, high, unit in table[["rung", "value", "high", "unit"]].itertuples(index=False):
         end = high if math.isfinite(high) else value
-        figure.add_annotation(
-            x=end, y=rung, text=f" {quantity(value, unit)}", showarrow=False, xanchor="left", font_size=13
-        )  # fmt: skip
+        figure.add_annotation(x=end, y=rung, text=f" {quantity(value, unit)}", font_size=13, **STATIC)
     if reference is not None:
-        figure.add_vline(x=reference, line_dash="dot", line_color=GREY, annotation_text=f"article {digits(reference)}")
+        figure.add_vline(x=reference[1], line_dash="dot", line_color=GREY)
+        beside = {"text": f" {reference[0]} {digits(reference[1])}", "yanchor": "bottom", "font_color": GREY}
+        figure.add_annotation(x=reference[1], y=1, yref="paper", **beside, **STATIC)
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
     figure.update_xaxes(title=axis, rangemode="tozero")
-    return _styled(figure, title, note, height=52 * len(table) + 150, right=90)
+    return _styled(figure, title, note, height=52 * len(table) + 150, right=100)
 
 
 def gains(table: pd.DataFrame, title: str = "", note: str = "") -> go.Figure:
-    """How many times better each metric got, beside the article's claim. Columns: metric, value, low, high, claimed."""
-    figure = go.Figure()
-    figure.add_scatter(
-        x=table["value"], y=table["metric"], mode="markers", marker={"size": 12, "color": PALETTE[0]}, name="measured",
-        error_x=_errors(table),
-    )  # fmt: skip
-    figure.add_scatter(
-        x=table["claimed"], y=table["metric"], mode="markers", name="article", marker={"size": 12, "color": PALETTE[1], "symbol": "diamond-open"},
-    )  # fmt: skip
-    for metric, value, claimed in table[["metric", "value", "claimed"]].itertuples(index=False):
-        for number, colour, shift in ((value, PALETTE[0], 20), (claimed, PALETTE[1], -20)):
+    """How many times better each metric got, beside the article's claim. Columns: metric, value, low, high, claimed.
+
+    An unbounded gain (nothing failed afterwards) has no place on the axis: its lower end is drawn, as "at least".
+    """
+    figure, shown = go.Figure(), table.copy()
+    open_end = ~shown["value"].map(math.isfinite)
+    shown.loc[open_end, "value"] = shown.loc[open_end, "low"]
+    figure.add_scatter(x=shown["value"], y=shown["metric"], mode="markers", name="measured", error_x=_errors(shown))
+    figure.data[-1].update(marker_size=12, marker_color=PALETTE[0])
+    figure.add_scatter(x=shown["claimed"], y=shown["metric"], mode="markers", name="article")
+    figure.data[-1].update(marker_size=12, marker_color=PALETTE[1], marker_symbol="diamond-open")
+    for metric, value, claimed, unbounded in zip(
+        *(shown[c] for c in ("metric", "value", "claimed")), open_end, strict=True
+    ):
+        word = "at least " if unbounded else ""
+        for number, text, colour, shift in ((value, word, PALETTE[0], 20), (claimed, "", PALETTE[1], -20)):
             if pd.notna(number) and 0 < number < math.inf:
-                figure.add_annotation(
-                    x=math.log10(number), y=metric, text=f"{digits(number)}×", showarrow=False, yshift=shift, font={"color": colour, "size": 13}
-                )  # fmt: skip
-    figure.add_vline(
-        x=1, line_color=GREY, line_dash="dot", annotation_text="no change", annotation_position="bottom right"
-    )
-    figure.update_xaxes(title="times better (above 1 is better, logarithmic)", type="log", dtick="D2")
+                font = {"color": colour, "size": 13}
+                place = {"x": math.log10(number), "y": metric, "yshift": shift, "showarrow": False}
+                figure.add_annotation(text=f"{text}{digits(number)}×", font=font, **place)
+    figure.add_vline(x=1, line_color=GREY, line_dash="dot")
+    unchanged = {"text": " no change", "yanchor": "bottom", "font_color": GREY}
+    figure.add_annotation(x=0, y=0, yref="paper", **unchanged, **STATIC)
+    figure.update_xaxes(title="times better (logarithmic)", type="log", tickvals=_ticks(), tickformat="~g")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    figure = _styled(figure, title, note, height=72 * len(table) + 170)
-    return figure.update_layout(
-        showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"}
-    )
+    return _styled(figure, title, note, height=72 * len(table) + 170).update_layout(showlegend=True, legend=LEGEND)
 
 
 def time_breakdown(table: pd.DataFrame, title: str = "", note: str = "") -> go.Figure:
     """Where the time of a request goes, one stacked bar a deployment. Columns: deployment, part, seconds."""
-    figure = go.Figure()
-    parts = list(dict.fromkeys(table["part"]))
-    for colour, part in zip(_colours(len(parts)), parts, strict=True):
+    figure, parts = go.Figure(), list(dict.fromkeys(table["part"]))
+    for index, part in enumerate(parts):
         chosen = table[table["part"] == part]
-        figure.add_bar(
-            x=chosen["seconds"], y=chosen["deployment"], orientation="h", name=part, marker_color=colour,
-            text=[f"{part}<br>{quantity(value, 's')}" for value in chosen["seconds"]], textposition="inside", insidetextanchor="middle",
-            textangle=0, constraintext="inside",
-        )  # fmt: skip
-    figure.update_layout(barmode="stack")
+        figure.add_bar(x=chosen["seconds"], y=chosen["deployment"], orientation="h", name=part)
+        numbers = [f"{part}<br>{quantity(value, 's')}" for value in chosen["seconds"]]
+        figure.data[-1].update(text=numbers, textposition="inside", insidetextanchor="middle", textangle=0)
+        figure.data[-1].update(marker_color=PALETTE[index % len(PALETTE)])
+    # A part too thin for its label goes without one; the legend names it.
+    figure.update_layout(barmode="stack", uniformtext={"minsize": 11, "mode": "hide"})
     figure.update_xaxes(title="mean time (s)", rangemode="tozero")
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    figure = _styled(figure, title, note, height=80 * table["deployment"].nunique() + 170)
-    return figure.update_layout(
-        showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"}
-    )
+    height = 80 * table["deployment"].nunique() + 170
+    return _styled(figure, title, note, height=height).update_layout(showlegend=True, legend=LEGEND)
 
 
 def _styled(figure: go.Figure, title: str, note: str, height: int = 420, right: int = 40) -> go.Figure:
-    axis = {
-        "gridcolor": "rgba(128,136,148,0.25)",
-        "zeroline": False,
-        "linecolor": GREY,
-        "ticks": "outside",
-        "tickcolor": GREY,
-    }
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
+    axis = {"gridcolor": "rgba(128,136,148,0.25)", "zeroline": False, "linecolor": GREY, "tickcolor": GREY}
+    figure.update_xaxes(ticks="outside", **axis)
+    figure.update_yaxes(ticks="outside", **axis)
     figure.update_layout(
         template="none",
-        title={"text": title, "x": 0, "xref": "paper", "xanchor": "left", "font_size": 17},
+        title={"text": title, "x": 0, "xref": "container", "pad": {"l": 4}, "xanchor": "left", "font_size": 17},
         font={"family": FONT, "size": 13, "color": "#24292f"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -205,36 +175,33 @@ def _styled(figure: go.Figure, title: str, note: str, height: int = 420, right: 
         hoverlabel_font_family=FONT,
     )
     if note:
-        figure.add_annotation(
-            text=note, x=0, y=0, xref="paper", yref="paper", yshift=-58, xanchor="left", yanchor="top", showarrow=False,
-            font={"size": 11.5, "color": GREY}, align="left",
-        )  # fmt: skip
+        below = {"x": 0, "y": 0, "xref": "paper", "yref": "paper", "yshift": -58, "yanchor": "top", "align": "left"}
+        figure.add_annotation(text=note, font={"size": 11.5, "color": GREY}, **below, **STATIC)
     return figure
+
+
+def _named(table: pd.DataFrame, column: str, order: str) -> list[tuple[str, str, pd.DataFrame]]:
+    groups = table.groupby(column, sort=False)
+    return [
+        (PALETTE[index % len(PALETTE)], str(name), part.sort_values(order)) for index, (name, part) in enumerate(groups)
+    ]
 
 
 def _errors(part: pd.DataFrame) -> dict[str, object] | None:
     """Error bars from low and high; an end that the data leave open is not drawn."""
     if "low" not in part or "high" not in part:
         return None
-    up, down = (part["high"] - part["value"]), (part["value"] - part["low"])
-    finite = [series.where(series.abs() < math.inf, 0.0).fillna(0.0).tolist() for series in (up, down)]
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": finite[0],
-        "arrayminus": finite[1],
-        "thickness": 1.5,
-        "width": 4,
-        "color": GREY,
-    }
+    up, down = (
+        difference.where(difference.abs() < math.inf, 0.0).fillna(0.0).clip(lower=0.0).tolist()
+        for difference in (part["high"] - part["value"], part["value"] - part["low"])
+    )
+    style = {"thickness": 1.5, "width": 4, "color": GREY}
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, **style}
 
 
-def _label(figure: go.Figure, x: float, y: float, text: str, colour: str, log: bool = False) -> None:
-    place = (math.log10(x), math.log10(y)) if log else (x, y)
-    figure.add_annotation(
-        x=place[0], y=place[1], text=text, showarrow=False, xanchor="left", xshift=12, font={"color": colour, "size": 13}
-    )  # fmt: skip
+def _label(figure: go.Figure, x: float, y: float, text: str, colour: str) -> None:
+    figure.add_annotation(x=x, y=y, text=text, xshift=12, font={"color": colour, "size": 13}, **STATIC)
 
 
-def _colours(count: int) -> list[str]:
-    return [PALETTE[index % len(PALETTE)] for index in range(count)]
+def _ticks() -> list[float]:
+    return [round(scale * 10.0**power, 6) for power in range(-4, 6) for scale in (1, 2, 5)]

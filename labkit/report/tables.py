@@ -33,7 +33,8 @@ class Table:
         body = "".join("<tr>" + "".join(_cells(row)) + "</tr>" for row in self.rows)
         words = "" if self.numbers else " words"
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
-        return f'<div class="labkit-table{words}"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        inner = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f'<div class="labkit-table{words}">{inner}</div>'
 
     def __repr__(self) -> str:
         return self.text()

@@ -1,4 +1,4 @@
-"""For the engineer at the notebook: a dashboard that is drawn while an experiment runs, and knobs. Headless there is neither."""
+"""For the engineer at a notebook: a dashboard drawn while an experiment runs, and knobs. Headless there is neither."""
 
 from __future__ import annotations
 
@@ -40,12 +40,9 @@ def live(probes: Sequence[Probe], tiles: Sequence[Tile], interactive: bool, hz: 
         return
     from IPython.display import HTML, display
 
-    handle, done = (
-        display(HTML(dashboard(pd.DataFrame(columns=["t_s", "probe", "name", "value"]), tiles)), display_id=True),
-        threading.Event(),
-    )
+    done = threading.Event()
     sampler = Sampler(probes, hz=min(hz, REDRAW_HZ)).start()
-    origin = sampler.frame()["t_s"].min()
+    handle = display(HTML(dashboard(sampler.frame(), tiles)), display_id=True)
 
     def redraw() -> None:
         while not done.wait(1 / min(hz, REDRAW_HZ)):
@@ -59,8 +56,7 @@ def live(probes: Sequence[Probe], tiles: Sequence[Tile], interactive: bool, hz: 
         done.set()
         painter.join()
         samples = sampler.stop()
-        begin = origin if pd.notna(origin) else samples["t_s"].min()
-        samples["t_s"] -= begin
+        samples["t_s"] -= samples["t_s"].min()
         handle.update(timeline(samples, [(tile.probe, tile.name, tile.label) for tile in tiles]))
 
 
@@ -87,7 +83,10 @@ class Fixed:
 
 
 def knob(label: str, options: Sequence[Any], value: Any, interactive: bool) -> Any:
-    """Something with a ``.value``: a drop-down, shown, when ``interactive``; else ``value`` itself. ValueError when not an option."""
+    """Something with a ``.value``: a drop-down, shown, when ``interactive``, else just ``value``.
+
+    Raises ValueError for a value that is no option.
+    """
     if value not in options:
         raise ValueError(f"{label} must be one of {', '.join(map(str, options))}; got {value!r}")
     if not interactive:
@@ -111,4 +110,5 @@ def _spark(values: Sequence[float], colour: str, width: int = 140, height: int =
         f"{index * width / (len(values) - 1):.1f},{height - 2 - (value - bottom) / span * (height - 4):.1f}"
         for index, value in enumerate(values)
     )
-    return f'<svg width="{width}" height="{height}"><polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{points}"/></svg>'
+    line = f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{points}"/>'
+    return f'<svg width="{width}" height="{height}">{line}</svg>'
