@@ -87,7 +87,12 @@ def greedy_cases(tiny_model: Path) -> list[GreedyCase]:
         prompts = [[chance.randrange(3, 398) for _ in range(length)] for _ in range(5)]
         ids = torch.tensor(prompts)
         answers = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, eos_token_id=-1, do_sample=False
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=64,
+            min_new_tokens=64,
+            eos_token_id=-1,
+            do_sample=False,
         )[:, length:]
         cases += [GreedyCase(prompt, answer) for prompt, answer in zip(prompts, answers.tolist(), strict=True)]
     chance.shuffle(cases)

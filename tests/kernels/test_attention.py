@@ -26,7 +26,7 @@ def reference(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.nda
 def run(
     lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int, block_size: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Attention over sequences of (new, context) tokens with scattered blocks: what the kernel gives, and the reference."""
+    """Attention over sequences of (new, context) tokens in scattered blocks: what the kernel gives, the reference."""
     rng = np.random.default_rng(0)
     counts = [-(-context // block_size) for _, context in lengths]
     order = iter(rng.permutation(sum(counts) + 3).tolist())
@@ -58,7 +58,9 @@ def run(
         [(1, 33), (5, 5), (5, 21), (16, 32), (2, 50)],
     ],
 )
-def test_attention_is_causal_attention(lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int) -> None:
+def test_attention_is_causal_attention(
+    lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: int
+) -> None:
     found, expected = run(lengths, heads, kv_heads, head_dim, block_size=16)
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
 

@@ -21,7 +21,7 @@ PROMPTS = [[5], list(range(10, 47)), [(7 * i) % 390 + 3 for i in range(130)]]
 
 
 def our_logits(runner: Runner, chunks: list[int]) -> list[torch.Tensor]:
-    """Logits at every position of each prompt, all prompts together, taking ``chunks`` tokens in turn (the last repeats)."""
+    """Logits at every position of each prompt, all prompts together, ``chunks`` tokens in turn (the last repeats)."""
     sequences, first = [], 0
     for i, prompt in enumerate(PROMPTS):
         count = -(-len(prompt) // runner.block_size)
@@ -47,7 +47,9 @@ def our_logits(runner: Runner, chunks: list[int]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("block_size", [16, 5])
 def test_logits_equal_those_of_transformers(tiny_model: Path, chunks: list[int], block_size: int) -> None:
     reference = AutoModelForCausalLM.from_pretrained(tiny_model)
-    runner = Runner(open_checkpoint(str(tiny_model)), Deployment(str(tiny_model), device="cpu", kv_block_size=block_size))
+    runner = Runner(
+        open_checkpoint(str(tiny_model)), Deployment(str(tiny_model), device="cpu", kv_block_size=block_size)
+    )
     for prompt, found in zip(PROMPTS, our_logits(runner, chunks), strict=True):
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt])).logits[0]
