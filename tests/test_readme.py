@@ -1,0 +1,213 @@
+"""Every command that README.md and CONTRIBUTING.md show is run, with the substitutions that stand here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+PAGES = ("README.md", "CONTRIBUTING.md")
+SERVE = "labkit serve data/models/ledger-r1 --port 8000"
+
+# Run by .ci/run itself, or what those targets begin with.
+IN_CI = {"make install", "make lab", "make lint", "make test", "make test-peers"}
+
+
+def blocks() -> list[str]:
+    return [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)]
+
+
+def commands() -> set[str]:
+    return {line.removeprefix(".venv/bin/") for block in blocks() for line in block.splitlines() if line.strip()}
+
+
+def shown(beginning: str) -> list[str]:
+    """The commands of the pages that begin so; none is a mistake in this file."""
+    found = sorted(command for command in commands() if command.startswith(beginning))
+    assert found, f"the pages no longer show {beginning}"
+    return found
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def shell(command: str, cwd: Path = ROOT, timeout: float = 120) -> str:
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def running(command: str, url: str, within_s: float = 120, **more: str) -> Iterator[None]:
+    """Starts what runs until it is stopped, waits until it answers at ``url``, and stops it by Ctrl-C."""
+    said = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=ROOT,
+        env=environment() | more,
+        stdout=said,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + within_s
+        while not _answers(url):
+            assert process.poll() is None, f"{command} ended: {_read(said)}"
+            assert time.monotonic() < deadline, f"{command} did not answer at {url}: {_read(said)}"
+            time.sleep(0.3)
+        yield
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said.close()
+
+
+def _read(said: TextIO) -> str:
+    said.seek(0)
+    return said.read()[-2000:]
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def test_every_command_is_run_by_a_test_of_this_file():
+    tested = ("source ", "labkit ", "curl ", "make jupyter", "python -m pytest ", "pre-commit install")
+    others = {command for command in commands() - IN_CI if not command.startswith(tested)}
+    assert others == set()
+    assert set(re.findall(r"make ([a-z-]+)", " ".join(IN_CI))) - {"install"} == set(
+        re.search(r"for target in (.*); do", (ROOT / ".ci/run").read_text())[1].split()
+    )
+    known = ("serve", "load", "run", "report", "train", "evaluate")
+    assert {command.split()[1] for command in shown("labkit ")} == set(known)
+
+
+def test_the_pages_name_only_what_exists():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page} points to {target}"
+
+
+def test_the_environment_can_be_entered():
+    if not (ROOT / ".venv").exists():
+        pytest.skip("set up without .venv (conda)")
+    for command in shown("source "):
+        assert shell(f"{command} && command -v labkit").strip() == str(ROOT / ".venv" / "bin" / "labkit")
+
+
+def test_serve_ask_and_load(port, tmp_path):
+    serve = next(command for command in shown("labkit serve") if command == SERVE)
+    with running(serve.replace("8000", str(port)), f"http://127.0.0.1:{port}/health"):
+        for command in shown("curl "):
+            assert '"choices"' in shell(command.replace("8000", str(port)))
+        for command in shown("labkit load"):
+            small = command.replace("8000", str(port)).replace("--users 8 --requests 40", "--users 2 --requests 6")
+            assert "kept as" in shell(f"{small} --no-calibrate --runs {tmp_path}")
+
+
+@pytest.mark.parametrize("command", [each for each in shown("labkit serve") if each != SERVE])
+def test_the_other_ways_to_serve(command, port, tiny_model):
+    """A tiny model stands in for your own and for one of a hub."""
+    command = command.replace("path/to/model", str(tiny_model)).replace("8000", str(port))
+    command = re.sub(r"serve [a-zA-Z-]+/DeepSeek-R1-Distill-Qwen-1.5B", f"serve {tiny_model}", command)
+    with running(command, f"http://127.0.0.1:{port}/health"):
+        assert '"data"' in shell(f"curl -s http://127.0.0.1:{port}/v1/models")
+
+
+def test_notebooks_are_run_and_reported(tmp_path):
+    """One notebook of one cell stands in for the story, and profile quick for a GPU's."""
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        cells=[
+            nbformat.v4.new_markdown_cell("# Is two and two four?"),
+            nbformat.v4.new_code_cell('profile = "quick"\ninteractive = False', metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("2 + 2"),
+        ],
+    )
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(notebook, tmp_path / "notebooks" / "00_baseline.ipynb")
+    for command in shown("labkit run"):
+        shell(f"{command.replace('h200', 'quick')} --folder {tmp_path}/notebooks --out {tmp_path}/runs")
+    for command in shown("labkit report"):
+        said = shell(f"{command} --runs {tmp_path}/runs --site {tmp_path}/site")
+        assert str(tmp_path / "site" / "index.html") in said
+    assert (tmp_path / "site" / "index.html").exists()
+
+
+def test_the_model_is_trained_and_evaluated(tmp_path):
+    """Two steps of a small batch, and one problem, instead of all of them."""
+    out = tmp_path / "ledger-r1"
+    for command in shown("labkit train"):
+        shell(
+            f"{command.replace('build/ledger-r1', str(out))} --steps 2 --batch-tokens 1024 --device cpu"
+            f" --processes 0 --runs {tmp_path}/runs"
+        )
+    for command in shown("labkit evaluate"):
+        shell(f"{command.replace('build/ledger-r1', str(out))} --problems 1 --buckets short --device cpu")
+
+
+def test_jupyter_opens_on_the_notebooks(port):
+    for command in shown("make jupyter"):
+        # BROWSER is what Jupyter would open.
+        with running(command, f"http://127.0.0.1:{port}/api", BROWSER="true %s", JUPYTER_PORT=str(port)):
+            pass
+
+
+def test_one_test_file_at_a_time():
+    for command in shown("python -m pytest"):
+        assert "tests collected" in shell(f"{command} --collect-only -q")
+
+
+def test_hooks_are_installed_and_refuse_an_executed_notebook(tmp_path):
+    """In a repository of its own, so that this one keeps its hooks."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    shell("git init -q . && git config user.email a@b.c && git config user.name a", cwd=clone)
+    shutil.copy(ROOT / ".pre-commit-config.yaml", clone)
+    (clone / ".venv").symlink_to(BIN.parent)
+    for command in shown("pre-commit install"):
+        shell(command, cwd=clone)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1", execution_count=1)])
+    nbformat.write(notebook, clone / "executed.ipynb")
+    shell("git add executed.ipynb .pre-commit-config.yaml", cwd=clone)
+    refused = subprocess.run(
+        ["git", "commit", "-q", "-m", "x"], cwd=clone, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode != 0 and "notebooks carry no outputs" in refused.stderr + refused.stdout
+    assert nbformat.read(clone / "executed.ipynb", 4).cells[0].execution_count is None
+    shell("git add -u && git commit -q -m x", cwd=clone)
