@@ -145,6 +145,9 @@ def load(
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Measure the client itself afterwards (some 5 s).")
     ] = True,
+    limit: Annotated[
+        float | None, typer.Option(help="Latency limit in seconds: goodput, and is the P95 within it?")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the run.")] = "load",
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
 ) -> None:
@@ -194,7 +197,7 @@ def load(
     except KeyboardInterrupt:
         print("labkit: interrupted; nothing of this run was kept", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(summary_text(run))
+    print(summary_text(run, limit))
     print(f"kept as {run.path}")
 
 

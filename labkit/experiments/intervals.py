@@ -31,7 +31,8 @@ class Estimate:
             return "–"
         scale, unit = (100.0, " %") if self.unit == "share" else (1.0, f" {self.unit}" if self.unit else "")
         shown = [_shown(number * scale) for number in (self.value, self.low, self.high)]
-        return f"{shown[0]}{unit} [{shown[1]}, {shown[2]}]"
+        attained = "" if abs(self.confidence - 0.95) < 0.005 else f" at {self.confidence:.0%}"
+        return f"{shown[0]}{unit} [{shown[1]}, {shown[2]}]{attained}"
 
 
 def _shown(number: float) -> str:

@@ -97,6 +97,8 @@ def walk(
     repeat.
     """
     check_repeats(repeats)
+    for rest in store.unfinished():
+        say(f"an earlier run did not end: {rest}")
     finished = {run.manifest.get("key"): run for run in store.list() if run.valid}
     plan = [(repeat, rung) for repeat in range(repeats) for rung in (rungs if repeat % 2 == 0 else rungs[::-1])]
     code = code_version()

@@ -14,7 +14,15 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from labkit.experiments.intervals import Estimate, bootstrap, bootstrap_pooled_percentile, percentile, share
+from labkit.experiments.intervals import (
+    Estimate,
+    Evidence,
+    bootstrap,
+    bootstrap_pooled_percentile,
+    evidence,
+    percentile,
+    share,
+)
 
 Window = tuple[float, float]
 Clock = Literal["scheduled", "sent"]
@@ -186,6 +194,14 @@ def attainment(table: pd.DataFrame, window: Window, slo: SLO) -> Estimate:
     """Requests within the SLO / all requests; failed ones are misses. Wilson interval."""
     rows = measured(table, window)
     return share(int(_within(rows, slo).sum()), len(rows))
+
+
+def within_limit(
+    table: pd.DataFrame, window: Window, limit_s: float, q: float = 95, clock: Clock = "scheduled"
+) -> Evidence:
+    """Do the requests show that percentile q of the latency is within ``limit_s``, at 99 %? Failed ones are misses."""
+    rows = measured(table, window)
+    return evidence((rows["end"] - rows[clock]).where(rows["failure"] == "", math.inf), limit_s, q)
 
 
 def error_rate(table: pd.DataFrame, window: Window, kind: str | None = None) -> Estimate:

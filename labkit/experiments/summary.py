@@ -31,9 +31,17 @@ def summary(run: Run) -> dict[str, Estimate]:
     return rows
 
 
-def summary_text(run: Run) -> str:
-    """The summary as aligned lines: metric, value, 95 % interval, and n; then what speaks against trusting it."""
-    rows = [(name, *_cells(estimate), str(estimate.n)) for name, estimate in summary(run).items()]
+def summary_text(run: Run, limit_s: float | None = None) -> str:
+    """The summary as aligned lines: metric, value, 95 % interval, and n; then what speaks against trusting it.
+
+    With ``limit_s`` also what a latency limit makes of the run, and whether a P95 within it is shown.
+    """
+    estimates = summary(run)
+    if limit_s is not None:
+        slo = metrics.SLO(latency_s=limit_s)
+        estimates[f"within {limit_s:g} s"] = metrics.attainment(run.requests, run.window, slo)
+        estimates[f"goodput within {limit_s:g} s"] = metrics.goodput(run.requests, run.window, slo)
+    rows = [(name, *_cells(estimate), str(estimate.n)) for name, estimate in estimates.items()]
     rows.insert(0, ("metric", "value", "95 % interval", "n"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
@@ -49,6 +57,16 @@ def summary_text(run: Run) -> str:
         f"Little's law: {law.in_flight:.2f} in flight, {law.throughput:.2f}/s x {law.latency_s:.3g} s = "
         f"{law.throughput * law.latency_s:.2f} ({law.difference:+.1%})"
     )
+    if limit_s is not None:
+        shown = metrics.within_limit(run.requests, run.window, limit_s)
+        words = {
+            "within": "shown",
+            "over": "refuted",
+            "undecided": f"undecided ({shown.needed} requests would show it)",
+        }
+        lines.append(
+            f"P95 within {limit_s:g} s: {words[shown.verdict]}, {shown.misses} misses in {shown.n} requests, at 99 %"
+        )
     arrivals = run.manifest["arrivals"]
     if "intended" in arrivals:
         lines.append(

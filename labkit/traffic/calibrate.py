@@ -25,7 +25,7 @@ MOST_ADDED = 0.15
 MOST_CPU = 0.85
 """A client process that used more of a core than this had no time to spare."""
 LEAST_LAG_S = 0.02
-MOST_LAG = 0.05
+MOST_LAG = 0.10
 """The 99th percentile of the event loop's lag, and the 95th of sends behind schedule, may reach this share of the
 median latency, or LEAST_LAG_S if that is more."""
 

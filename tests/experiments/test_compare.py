@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from labkit.experiments import metrics
-from labkit.experiments.compare import compare, ratio_of_medians, same_work
+from labkit.experiments.compare import compare, ratio_of_estimates, ratio_of_medians, same_work
+from labkit.experiments.intervals import Estimate
 from labkit.experiments.store import Run
 from labkit.traffic.events import events_table
 
@@ -88,3 +89,13 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says():
 def test_numbers_without_a_ratio_have_no_interval():
     assert math.isnan(ratio_of_medians([0.0], [1.0]).value)
     assert math.isnan(ratio_of_medians([1.0, math.inf], [1.0, 2.0]).low)
+
+
+def test_one_run_a_side_takes_the_intervals_within_the_runs():
+    found = ratio_of_estimates(Estimate(2.0, 1.0, 4.0, 10), Estimate(6.0, 5.0, 8.0, 12))
+    assert (found.value, found.low, found.high, found.n) == (3.0, 1.25, 8.0, 22)
+    assert found.confidence == pytest.approx(0.9) and str(found) == "3 x [1.25, 8] at 90%"
+    assert ratio_of_estimates(Estimate(2.0, -math.inf, math.inf, 3), Estimate(6.0, 5.0, math.inf, 3)).low == 0.0
+    assert math.isnan(ratio_of_estimates(Estimate(0.0, 0.0, 1.0, 3), Estimate(6.0, 5.0, 8.0, 3)).value)
+    compared = compare([run("ab")], [run("ab", 2.0)], p50)
+    assert compared.ratio.value == 2.0 and compared.ratio.confidence == pytest.approx(0.9)

@@ -98,7 +98,7 @@ def test_exit_codes_read_as_words():
 
 @pytest.mark.slow
 def test_both_ends_of_the_ladder_serve_the_same_answers(tmp_path, tiny_model):
-    """The real server, with both engines: whole answers, equal token for token, and the engine's counters in the samples."""
+    """The real server with both engines: whole answers, equal token for token, and the engine's counters sampled."""
     rows = [{"t": 0.05 * k, "prompt": f"What is the fee of trade {k}?", "max_tokens": 6 + k} for k in range(8)]
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
     workload = Workload(arrivals="trace", trace=str(tmp_path / "trace.jsonl"))

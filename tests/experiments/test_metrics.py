@@ -144,6 +144,14 @@ def test_failures_are_misses():
     assert {kind: e.value for kind, e in metrics.error_rates(table, window).items()} == {"shed": 0.15, "timeout": 0.05}
 
 
+def test_whether_a_p95_is_shown_to_be_within_a_limit():
+    window = (0.0, 10.0)
+    assert metrics.within_limit(mixed(), window, 1.0).verdict == "over"  # a fifth failed
+    assert metrics.within_limit(mixed(), window, 1.0).misses == 20
+    assert metrics.within_limit(mixed(), window, 1.0, q=50).verdict == "within"
+    assert metrics.within_limit(mixed(), (0.0, 3.0), 1.0).verdict == "undecided"
+
+
 def test_accuracy_is_of_the_answers_that_came():
     assert metrics.accuracy(mixed(), (0.0, 10.0)).value == 0.75
     assert metrics.accuracy(mixed(), (0.0, 10.0)).n == 80

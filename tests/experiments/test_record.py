@@ -30,7 +30,8 @@ def test_a_load_becomes_a_run_with_all_that_reproduces_it(tmp_path):
     rows = summary(run)
     assert rows["error rate"].value == 0.1 and rows["  shed"].value == 0.1
     assert rows["latency P50, from scheduled"].n == 36
-    text = summary_text(run)
+    text = summary_text(run, limit_s=0.5)
+    assert "P95 within 0.5 s: undecided" in text and "goodput within 0.5 s" in text
     assert "40 intended, 40 sent, 0 dropped" in text and "Little's law" in text and "TTFT P95" in text
     assert ("NO VERDICT" in text) == (not run.valid)
 
