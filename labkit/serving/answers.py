@@ -1,4 +1,4 @@
-"""An answer on its way to the client: server-sent events or one JSON body, given up when nobody waits for it any more."""
+"""An answer on its way to the client: server-sent events or one JSON body, given up when nobody waits for it."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ class Answer:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told about an error. What nobody foresaw goes to the log, and the client learns that it happened."""
+    """What a client is told about an error; the details of one that nobody foresaw go to the log only."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):

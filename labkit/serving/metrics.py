@@ -1,4 +1,4 @@
-"""What Prometheus reads: the engine's counters, and what the server timed itself. Every server has a registry of its own."""
+"""What Prometheus reads: the engine's counters, and what the server timed itself. Every server has its own registry."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from labkit.serving.protocol import CHAT_MAX_TOKENS, COMPLETION_MAX_TOKENS, MAX_
 INLINE_CHARACTERS = 4000
 """Prompts up to this long are tokenised on the event loop (below a millisecond); longer ones in a thread."""
 
+LEAST_TEMPERATURE = 1e-5
+
 T = TypeVar("T")
 
 
@@ -32,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """A checked request. ``opened_think``: the prompt itself ends inside a ``<think>``. ``prompt_tokens`` counts each prompt once."""
+    """A checked request. ``prompt_tokens`` counts each prompt once; ``opened_think``: it ends inside a ``<think>``."""
 
     jobs: list[Job]
     prompt_tokens: int
@@ -141,8 +143,8 @@ def _max_tokens(ids: list[int], asked: int | None, default: int, engine: Streami
         shown = str(asked) if asked < 10**30 else "a number of more than 30 digits"
         raise ApiError(
             400,
-            f"max_tokens: should be at most {room}: the context has {engine.core.max_context} tokens and the prompt takes "
-            f"{len(ids)}; got {shown}",
+            f"max_tokens: should be at most {room}: the context has {engine.core.max_context} tokens and the prompt "
+            f"takes {len(ids)}; got {shown}",
             param="max_tokens",
             code="context_length_exceeded",
         )
@@ -152,9 +154,11 @@ def _max_tokens(ids: list[int], asked: int | None, default: int, engine: Streami
 def _sampling(
     request: ChatRequest | CompletionRequest, temperature: float, max_tokens: int, logprobs: int | None
 ) -> SamplingParams:
+    asked = request.temperature if request.temperature is not None else temperature
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=request.temperature if request.temperature is not None else temperature,
+        # Below this the likeliest token is certain, and logits divided by it leave the range of float32.
+        temperature=asked if asked >= LEAST_TEMPERATURE else 0.0,
         top_k=request.top_k or 0,
         top_p=request.top_p if request.top_p is not None else 1.0,
         min_p=request.min_p or 0.0,

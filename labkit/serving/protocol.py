@@ -68,7 +68,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
-    """True: a last chunk with ``usage`` and no choices. False: no usage. Absent: ``usage`` in the chunk that finishes."""
+    """True: a last chunk with ``usage`` and no choices. False: none. Absent: ``usage`` in the chunk that finishes."""
     continuous_usage_stats: bool | None = None
     """True: ``usage`` so far in every chunk."""
 

@@ -41,8 +41,8 @@ HARD_EXIT_S = 3.0
 class _SocketServer(Server):
     """granian in this process, on a socket that is bound already.
 
-    granian binds its own sockets with SO_REUSEPORT, so that a second server on a port in use would take half of the first
-    one's connections instead of failing; and it cannot tell which port it got for port 0.
+    granian binds its own sockets with SO_REUSEPORT, so that a second server on a port in use would take half of the
+    first one's connections instead of failing; and it cannot tell which port it got for port 0.
     """
 
     def __init__(self, app: ASGIApp, listener: socket.socket, access_log: bool) -> None:
@@ -115,7 +115,7 @@ def serve(
     Raises UserError for a model that is not there or an address that cannot be had.
     """
     if not (resolve_model(deployment.model) / "config.json").is_file():
-        raise UserError(f"{deployment.model} is no model: it has no config.json; give a Hugging Face directory or a hub id")
+        raise UserError(f"{deployment.model} has no config.json; give a Hugging Face directory or a hub id")
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _allow_many_connections()
     listener = listen(host, port)

@@ -27,7 +27,7 @@ from labkit.serving.server import listen, serve_app
 
 @dataclasses.dataclass
 class ScriptedEngine:
-    """Answers every request with ``pieces``, one token each, ``gap_s`` apart. Holds one KV block for a running request."""
+    """Answers every request with ``pieces``, one token each, ``gap_s`` apart; a running request holds one KV block."""
 
     tokenizer: Any
     deployment: Deployment = dataclasses.field(default_factory=Deployment)

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 
 from labkit.engine import Delta, EngineFailed, QueueFull
@@ -393,10 +394,18 @@ def test_metrics_and_stats_count_what_happened(helpers: Any, url: str, engine: A
     assert stats["kv_blocks_total"] == 100 and stats["kv_use"] == 0
 
 
-def test_the_openapi_document_names_every_field(url: str) -> None:
+def test_the_openapi_document_says_what_is_taken(helpers: Any, url: str) -> None:
     document = httpx.get(url + "/openapi.json").json()
     chat = document["components"]["schemas"]["ChatRequest"]
     assert chat["additionalProperties"] is False and chat["required"] == ["messages"]
     assert {"messages", "max_tokens", "stop", "stream_options", "top_logprobs"} <= set(chat["properties"])
+    for name in ("ChatRequest", "CompletionRequest"):
+        schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+        Draft202012Validator.check_schema(document["components"]["schemas"][name])
+        validator = Draft202012Validator(schema)
+        taken = helpers.chat(**HARMLESS) if name == "ChatRequest" else {"prompt": [[1], [2]], "n": 2, "stop": "x"}
+        assert not list(validator.iter_errors(taken))
+        assert list(validator.iter_errors({**taken, "max_tokens": -1}))
+        assert list(validator.iter_errors({**taken, "colour": "red"}))
     responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "400", "404", "413", "415", "429", "503"} <= set(responses)
