@@ -24,18 +24,23 @@ def latency_by_users(
 ) -> go.Figure:
     """Lines over users, one a deployment. Columns: users, deployment, value, low, high (seconds).
 
-    ``limit_s`` draws the article's limit. Both axes are logarithmic: a straight rise is a queue that grows with the users.
+    ``limit_s`` draws the article's limit. Both axes are logarithmic: a straight rise is a queue growing with the users.
     """
     figure = go.Figure()
     for colour, name, part in _named(table, "deployment", "users"):
-        ends = (0, len(part) - 1)
-        numbers = [quantity(value, "s") if place in ends else "" for place, value in enumerate(part["value"])]
+        numbers = [quantity(part["value"].iloc[0], "s")] + [""] * (len(part) - 1)
         figure.add_scatter(
             x=part["users"], y=part["value"], mode="lines+markers+text", name=name, error_y=_errors(part)
         )
         figure.data[-1].update(line_color=colour, text=numbers, textposition="bottom right", cliponaxis=False)
         last = part.iloc[-1]
-        _label(figure, math.log10(last["users"]), math.log10(last["value"]), name, colour)
+        _label(
+            figure,
+            math.log10(last["users"]),
+            math.log10(last["value"]),
+            f"{name}, {quantity(last['value'], 's')}",
+            colour,
+        )
     if limit_s is not None:
         figure.add_hline(y=limit_s, line_dash="dot", line_color=GREY)
         # On a logarithmic axis an annotation, unlike a shape, is placed by the logarithm.
@@ -43,7 +48,7 @@ def latency_by_users(
         figure.add_annotation(x=0, xref="paper", y=math.log10(limit_s), **limit, **STATIC)
     figure.update_xaxes(title="concurrent users", type="log", tickvals=sorted(table["users"].unique()), tickformat="d")
     figure.update_yaxes(title=f"{measure} (s)", type="log", tickvals=_ticks(), tickformat="~g")
-    return _styled(figure, title, note, right=150)
+    return _styled(figure, title, note, right=190)
 
 
 def lines(
@@ -72,8 +77,8 @@ def timeline(
 ) -> go.Figure:
     """Samples over the time of the run, one row each. ``rows``: (probe, name, axis title with unit).
 
-    Columns: t_s, probe, name, value (as ``labkit.probes.sampler`` gives them). ``window`` shades what was measured. A row
-    whose probe read nothing says so in its place.
+    Columns: t_s, probe, name, value (as ``labkit.probes.sampler`` gives them). ``window`` shades what was measured. A
+    row whose probe read nothing says so in its place.
     """
     figure = make_subplots(rows=len(rows), cols=1, shared_xaxes=True, vertical_spacing=0.25 / (len(rows) + 2))
     for position, (probe, name, axis) in enumerate(rows, start=1):
@@ -161,21 +166,21 @@ def time_breakdown(table: pd.DataFrame, title: str = "", note: str = "") -> go.F
 
 def _styled(figure: go.Figure, title: str, note: str, height: int = 420, right: int = 40) -> go.Figure:
     axis = {"gridcolor": "rgba(128,136,148,0.25)", "zeroline": False, "linecolor": GREY, "tickcolor": GREY}
-    figure.update_xaxes(ticks="outside", **axis)
-    figure.update_yaxes(ticks="outside", **axis)
+    figure.update_xaxes(ticks="outside", title_font_size=14, **axis)
+    figure.update_yaxes(ticks="outside", title_font_size=13, **axis)
     figure.update_layout(
         template="none",
         title={"text": title, "x": 0, "xref": "container", "pad": {"l": 4}, "xanchor": "left", "font_size": 17},
         font={"family": FONT, "size": 13, "color": "#24292f"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        height=height + (24 if note else 0),
-        margin={"l": 70, "r": right, "t": 64 if title else 24, "b": 84 if note else 56},
+        height=height + (30 if note else 0),
+        margin={"l": 70, "r": right, "t": 64 if title else 24, "b": 92 if note else 56},
         showlegend=False,
         hoverlabel_font_family=FONT,
     )
     if note:
-        below = {"x": 0, "y": 0, "xref": "paper", "yref": "paper", "yshift": -58, "yanchor": "top", "align": "left"}
+        below = {"x": 0, "y": 0, "xref": "paper", "yref": "paper", "yshift": -66, "yanchor": "top", "align": "left"}
         figure.add_annotation(text=note, font={"size": 11.5, "color": GREY}, **below, **STATIC)
     return figure
 

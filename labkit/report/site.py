@@ -41,8 +41,8 @@ class _Page:
 def build(runs: Path, site: Path) -> Path:
     """Builds ``site`` anew from what `labkit run` left in ``runs`` and returns its index page.
 
-    The old site stays until the new one is whole. Raises UserError when nothing has been executed and when ``site`` is a
-    directory that is not ours.
+    The old site stays until the new one is whole. Raises UserError when nothing has been executed, and when ``site``
+    is a directory that is not ours.
     """
     shelves = [Shelf(folder) for folder in sorted((runs / "notebooks").glob("*")) if folder.is_dir()]
     filled = [shelf for shelf in shelves if shelf.names() or shelf.cut_off()]
@@ -101,9 +101,7 @@ def _index_html(environment: jinja2.Environment, shelves: Sequence[Shelf], pages
             where = f"{page.execution.notebook}, {page.execution.profile}"
             row = {"outcome": verdict.outcome, "reason": verdict.reason, "where": where, "page": page.path}
             judged.setdefault(verdict.claim, []).append(row)
-    claims = [
-        {"id": claim.id, "text": claim.text, "verdicts": judged.get(claim.id, [])} for claim in load_claims().values()
-    ]
+    claims = [{"id": name, "text": one.text, "verdicts": judged.get(name, [])} for name, one in load_claims().items()]
     counted = Counter(row["outcome"] for rows in judged.values() for row in rows)
     return environment.get_template("index.html.j2").render(
         title="What the lab found", root="", figures=False, folded=False, contents=[], warnings=[], facts=[],
@@ -122,14 +120,20 @@ def _shelf_facts(shelf: Shelf, pages: Sequence[_Page]) -> dict[str, Any]:
         rows[execution.notebook] = {
             "name": execution.notebook, "title": page.body.title, "page": page.path, "status": execution.status,
             "reason": " ".join([execution.reason or "", *warnings]).strip(), "took": clock(execution.duration_s),
-            "started": execution.started.replace("+00:00", "").replace("T", " "),
+            "started": _when(execution.started),
             "verdicts": [(outcome, counted[outcome]) for outcome in OUTCOMES if counted[outcome]],
         }  # fmt: skip
     if not shelf.busy():
         for name, started in shelf.cut_off().items():
             if name not in rows:
                 reason = "It did not come to its end; nothing of it is shown."
-                rows[name] = {"name": name, "status": "cut off", "reason": reason, "started": started, "took": "–"}
+                rows[name] = {
+                    "name": name,
+                    "status": "cut off",
+                    "reason": reason,
+                    "started": _when(started),
+                    "took": "–",
+                }
     return {
         "profile": shelf.folder.name,
         "description": _description(shelf.folder.name),
@@ -158,7 +162,7 @@ def _environments(executions: Sequence[Execution]) -> list[dict[str, str]]:
 
 def _warnings(shelf: Shelf, name: str) -> list[str]:
     started = None if shelf.busy() else shelf.cut_off().get(name)
-    return [f"A later execution, started {started}, was cut off; this is the one before it."] if started else []
+    return [f"A later execution, started {_when(started)}, was cut off; this is the one before it."] if started else []
 
 
 def _description(profile: str) -> str:
@@ -168,9 +172,15 @@ def _description(profile: str) -> str:
         return ""
 
 
+def _when(started: str) -> str:
+    return started.replace("+00:00", " UTC").replace("T", " ")
+
+
 def _footer(executions: Sequence[Execution]) -> str:
     latest = max((execution.started for execution in executions), default="–")
-    return f"labkit {__version__}. Latest execution started {latest}. This page asks no other machine for anything."
+    return (
+        f"labkit {__version__}. Latest execution started {_when(latest)}. This page asks no other machine for anything."
+    )
 
 
 def _assets(site: Path) -> None:
