@@ -126,12 +126,12 @@ class _Sender:
     async def closed_loop(self) -> None:
         order, workload = self.order, self.workload
         starts = range(order.share, workload.users, order.processes)
-        measured = _own_share(schedule(workload), order)
+        measured = own_share(schedule(workload), order)
         if workload.requests is not None:
             measured = islice(measured, len(range(order.share, workload.requests, order.processes)))
         warmup = (
             Arrival(WARMUP_INDEX + arrival.index, None, arrival.bucket)
-            for arrival in _own_share(schedule(workload), order)
+            for arrival in own_share(schedule(workload), order)
         )
         end_s = float("inf") if workload.duration_s is None else workload.measured_from_s + workload.duration_s
         async with asyncio.TaskGroup() as group:
@@ -181,7 +181,8 @@ def spool_line(record: Record, zero: float) -> str:
     return json.dumps(fields) + "\n"
 
 
-def _own_share(arrivals: Iterator[Arrival], order: Order) -> Iterator[Arrival]:
+def own_share(arrivals: Iterator[Arrival], order: Order) -> Iterator[Arrival]:
+    """Every arrival of the schedule belongs to exactly one process."""
     return islice(arrivals, order.share, None, order.processes)
 
 
@@ -192,6 +193,12 @@ async def _work(sender: _Sender, asks: list[Ask]) -> None:
     finally:
         watch.cancel()
         sender.client.close()
+
+
+def _first_error(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
 
 
 def _say(message: dict[str, Any]) -> None:
@@ -216,7 +223,7 @@ def main() -> None:
     _raise_file_limit()
     asks: list[Ask] = []
     if order.workload.open_loop:
-        mine = _own_share(schedule(order.workload), order)
+        mine = own_share(schedule(order.workload), order)
         asks = [prepare(arrival, order.workload, order.model) for arrival in mine]
     # A full collection would stop the event loop for tens of ms in mid-measurement; this process is short-lived.
     gc.collect()
@@ -228,7 +235,11 @@ def main() -> None:
     cpu_before, wall_before = time.process_time(), time.perf_counter()
     with open(order.spool, "a") as spool:
         sender = _Sender(order, zero, spool)
-        asyncio.run(_work(sender, asks))
+        try:
+            asyncio.run(_work(sender, asks))
+        except BaseExceptionGroup as group:
+            # The parent shows the last line of what is said here, and a group's last line is a ruler.
+            sys.exit(_first_error(group))
         wall = max(time.perf_counter() - wall_before, 1e-9)
         sender.report(end=True, lags=sender.lags, cpu_share=(time.process_time() - cpu_before) / wall)
 

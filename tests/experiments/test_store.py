@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -148,6 +149,19 @@ def test_kill_9_in_mid_load_leaves_no_run_and_the_next_start_says_so(tmp_path):
         assert "kept as" in again.stdout
         [run] = store.list()
         assert len(run.requests) == 5
+
+
+def test_a_disk_that_fills_up_in_mid_load_is_one_clear_line(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    with Golden([Script(tokens=50)]) as golden:
+        command = load_command(golden.url, tmp_path, "--requests", "60")
+        limit = (3000, 3000)
+        done = subprocess.run(
+            command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "a client process died: OSError: [Errno 27] File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_keeps_nothing_and_says_so(tmp_path):

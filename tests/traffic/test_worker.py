@@ -4,14 +4,23 @@ import json
 
 from labkit.traffic.client import Record, Target
 from labkit.traffic.events import KINDS, events_table, read_spool
-from labkit.traffic.worker import Order, prepare, spool_line
-from labkit.traffic.workload import Arrival, Workload
+from labkit.traffic.worker import Order, own_share, prepare, spool_line
+from labkit.traffic.workload import Arrival, Workload, schedule
 from labkit.training.ledger import make_problem
 
 
 def test_an_order_survives_its_journey():
     order = Order(Target("h", 1, True, "/b", "key"), "m", Workload.article(users=3), 1, 2, "spool")
     assert Order.from_json(order.to_json()) == order
+
+
+def test_the_shares_of_the_processes_are_the_schedule():
+    workload = Workload.article(arrivals="poisson", rate=20.0, requests=50)
+    orders = [Order(Target("h", 1), "m", workload, share, 3, "spool") for share in range(3)]
+    shares = [list(own_share(schedule(workload), order)) for order in orders]
+    assert sorted((one for share in shares for one in share), key=lambda one: one.index) == list(schedule(workload))
+    gaps = [{b.t_s - a.t_s for a, b in zip(share, share[1:], strict=False)} for share in shares]
+    assert not gaps[0] & gaps[1] and not gaps[1] & gaps[2]
 
 
 def test_a_request_asks_the_problem_of_its_number():
