@@ -40,10 +40,10 @@ def test_times_lie_between_the_servers_sends_and_shortly_after():
     assert record.sent <= answered.received
     late = [seen - sent for (seen, _, _), (_, sent) in zip(record.chunks, answered.sends, strict=True)]
     late.append(record.first_byte - answered.headers_sent)
-    assert min(late) >= 0 and sorted(late)[len(late) // 2] < 0.005 and max(late) < 0.05
+    assert min(late) >= 0 and sorted(late)[len(late) // 2] < 0.01 and max(late) < 0.25
     for number, (due, sent) in enumerate(answered.sends):
         assert due == pytest.approx(answered.received + 0.05 + number * 0.02, abs=1e-9)
-        assert 0 <= sent - due < 0.05
+        assert -1e-4 <= sent - due < 0.25
 
 
 @pytest.mark.parametrize(

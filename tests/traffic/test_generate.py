@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_counts_are_exact_and_times_lie_just_after_the_servers(processes):
         own = np.array([sent for _, sent in answered[index].sends]) - load.zero
         late += (row["chunk_t"] - own).tolist()
         assert row["scheduled"] <= row["sent"] <= answered[index].received - load.zero
-    assert min(late) > -1e-6 and np.median(late) < 0.005
+    assert min(late) > -1e-6 and np.median(late) < 0.01
     assert load.window == (0.0, table["end"].max())
     assert len(load.cpu_shares) == processes and load.model == "golden"
 
@@ -165,6 +166,6 @@ def test_client_processes_end_when_their_parent_is_gone():
     process.stdin.write(order.to_json() + "\n")
     process.stdin.flush()
     assert json.loads(process.stdout.readline()) == {"ready": True}
-    process.stdin.write("0.0\n")
+    process.stdin.write(f"{time.perf_counter()}\n")
     process.stdin.close()
     assert process.wait(timeout=10) == 3

@@ -24,7 +24,7 @@ def test_sends_keep_to_the_schedule_without_drift():
     )
     assert min(late) >= -1e-4  # the loop's timers are rounded to its clock's resolution
     # Were lateness added up, a hundred timers of about a millisecond's grain would end some 50 ms late.
-    assert sorted(late)[50] < 0.005 and sorted(late[-20:])[10] < 0.01
+    assert sorted(late)[50] < 0.01 and sorted(late[-20:])[10] < 0.02
 
 
 def test_scripts_go_by_request_number():
