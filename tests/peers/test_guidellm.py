@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from labkit.experiments.metrics import latency, measured, requests_table, ttft
+from labkit.experiments.metrics import latency, requests_table, ttft
 from labkit.traffic.generate import send_load
 from labkit.traffic.golden import Golden, Script
 from labkit.traffic.workload import Workload
@@ -52,13 +52,17 @@ def guidellm(peer, output_of, tmp_path) -> Callable[[str, list[str], float], dic
     return run
 
 
-def ours(url: str, asked: list[str], rate: float, folder: Path) -> tuple[pd.DataFrame, tuple[float, float]]:
+Measured = tuple[pd.DataFrame, tuple[float, float]]
+"""The table of requests and the measured window."""
+
+
+def ours(url: str, asked: list[str], rate: float, folder: Path) -> Measured:
     trace = folder / "trace.jsonl"
     rows = [{"t": number / rate, "prompt": prompt} for number, prompt in enumerate(asked)]
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
     load = send_load(url, Workload(arrivals="trace", trace=str(trace), max_tokens=MAX_TOKENS), processes=1)
     table = requests_table(load.events)
-    assert len(measured(table, load.window)) == len(asked) and (table["failure"] == "").all()
+    assert len(table) == len(asked) and (table["failure"] == "").all()
     return table, load.window
 
 
@@ -70,24 +74,29 @@ def counted(benchmark: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def side_by_side(
-    benchmark: dict[str, Any], asked: list[str], table: pd.DataFrame, window: tuple[float, float]
-) -> pd.DataFrame:
-    """guidellm's own percentiles and ours over the same prompts in ms, and how far they may be apart: 5 % or 5 ms."""
-    told = counted(benchmark)
-    table = table.loc[[number for number, prompt in enumerate(asked) if prompt in told]]
-    rows = {}
+def theirs_in_ms(benchmark: dict[str, Any]) -> pd.Series:
+    """The percentiles that guidellm itself reports."""
+    metrics, found = benchmark["metrics"], {}
     for q in (50, 95):
-        for name, theirs, scale, mine in (
-            ("TTFT", "time_to_first_token_ms", 1, ttft(table, window, q, "sent")),
-            ("E2E", "request_latency", 1000, latency(table, window, q, "sent")),
-        ):
-            value = benchmark["metrics"][theirs]["successful"]["percentiles"][f"p{q}"] * scale
-            rows[f"{name} P{q}"] = {"guidellm": value, "ours": mine.value * 1000, "may": max(5.0, 0.05 * value)}
-    compared = pd.DataFrame(rows).T
-    compared["apart"] = (compared["guidellm"] - compared["ours"]).abs()
-    print(compared.round(1).to_string())
-    return compared
+        found[f"TTFT P{q}"] = metrics["time_to_first_token_ms"]["successful"]["percentiles"][f"p{q}"]
+        found[f"E2E P{q}"] = metrics["request_latency"]["successful"]["percentiles"][f"p{q}"] * 1000
+    return pd.Series(found)
+
+
+def ours_in_ms(benchmark: dict[str, Any], asked: list[str], measured: Measured) -> pd.Series:
+    """The same of ours, over the prompts that guidellm counted."""
+    told, (table, window) = counted(benchmark), measured
+    table = table.loc[[number for number, prompt in enumerate(asked) if prompt in told]]
+    found = {}
+    for q in (50, 95):
+        found[f"TTFT P{q}"] = ttft(table, window, q, "sent").value * 1000
+        found[f"E2E P{q}"] = latency(table, window, q, "sent").value * 1000
+    return pd.Series(found)
+
+
+def agree(left: pd.Series, right: pd.Series) -> bool:
+    """Within 5 % or 5 ms, whichever is more."""
+    return bool(((left - right).abs() <= (0.05 * left).clip(lower=5.0)).all())
 
 
 def test_both_read_the_golden_servers_clock_alike(guidellm, tmp_path):
@@ -97,27 +106,43 @@ def test_both_read_the_golden_servers_clock_alike(guidellm, tmp_path):
     with Golden(scripts) as golden:
         benchmark = guidellm(golden.url, asked, rate=10)
     with Golden(scripts) as golden:
-        table, window = ours(golden.url, asked, 10, tmp_path)
-    compared = side_by_side(benchmark, asked, table, window)
-    assert (compared["apart"] <= compared["may"]).all(), f"\n{compared}"
+        measured = ours(golden.url, asked, 10, tmp_path)
+    theirs, mine = theirs_in_ms(benchmark), ours_in_ms(benchmark, asked, measured)
+    table = pd.DataFrame({"guidellm": theirs, "ours": mine})
+    print(table.round(1).to_string())
+    assert agree(theirs, mine), f"\n{table}"
     first = sorted(script.ttft_s for script in scripts)
     for q, expected in ((50, first[9]), (95, first[18])):
-        assert ttft(table, window, q, "sent").value == pytest.approx(expected, abs=0.012)
+        assert ttft(*measured, q, "sent").value == pytest.approx(expected, abs=0.012)
 
 
 def test_both_tell_the_same_of_the_shipped_model(guidellm, serve, tmp_path):
-    rate, asked = 1.0, prompts(60)
+    """A machine that others use serves at another speed a minute later. guidellm is therefore held against what we
+    measured just before and just after it; where these two are further apart than is allowed, all is done again."""
+    rate, asked, tables = 0.5, prompts(40), []
     with serve(SHIPPED) as url:
-        # Both meet a server that has been used, and neither the one that warms it up.
-        ours(url, asked[:5], rate, tmp_path)
-        table, window = ours(url, asked, rate, tmp_path)
-        benchmark = guidellm(url, asked, rate)
-    compared = side_by_side(benchmark, asked, table, window)
-    assert (compared["apart"] <= compared["may"]).all(), f"\n{compared}"
+        ours(url, asked[:4], rate, tmp_path)
+        after = ours(url, asked, rate, tmp_path)
+        for _ in range(3):
+            before = after
+            benchmark = guidellm(url, asked, rate)
+            after = ours(url, asked, rate, tmp_path)
+            columns = {"before": before, "after": after}
+            table = pd.DataFrame({name: ours_in_ms(benchmark, asked, each) for name, each in columns.items()})
+            table.insert(1, "guidellm", theirs_in_ms(benchmark))
+            print(table.round(1).to_string())
+            tables.append(table)
+            if agree(table["before"], table["after"]):
+                break
+    calm = [table for table in tables if agree(table["before"], table["after"])]
+    if not calm:
+        pytest.skip(f"this machine is too busy to compare two clients on it:\n{pd.concat(tables)}")
+    middle = calm[0][["before", "after"]].mean(axis=1)
+    assert agree(calm[0]["guidellm"], middle), f"\n{calm[0]}"
 
-    told = counted(benchmark)
+    told, (rows, _) = counted(benchmark), after
     for number, prompt in enumerate(asked):
         if prompt in told:
-            mine, theirs = table.loc[number], told[prompt]
+            mine, theirs = rows.loc[number], told[prompt]
             assert mine["tokens"] == theirs["output_metrics"]["text_tokens"]
             assert mine["prompt_tokens"] == theirs["input_metrics"]["text_tokens"]
