@@ -57,7 +57,7 @@ class TransformersCore:
         self._waiting.append(_Request(request_id, list(prompt_ids), sampling, most))
 
     def cancel(self, request_id: int) -> None:
-        """Takes a request out of the queue. A running one goes on: its thread is in ``generate`` till the batch ends."""
+        """Takes a request out of the queue. A running one goes on: ``generate`` cannot be stopped."""
         self._waiting = deque(each for each in self._waiting if each.request_id != request_id)
 
     def has_work(self) -> bool:
