@@ -48,7 +48,7 @@ def latency_by_users(
         figure.add_annotation(x=0, xref="paper", y=math.log10(limit_s), **limit, **STATIC)
     figure.update_xaxes(title="concurrent users", type="log", tickvals=sorted(table["users"].unique()), tickformat="d")
     figure.update_yaxes(title=f"{measure} (s)", type="log", tickvals=_ticks(), tickformat="~g")
-    return _styled(figure, title, note, right=190)
+    return _styled(figure, title, note)
 
 
 def lines(
@@ -65,7 +65,7 @@ def lines(
     if log_x:
         figure.update_xaxes(tickvals=sorted(table[x].unique()), tickformat="~g")
     figure.update_yaxes(title=y_title, rangemode="tozero")
-    return _styled(figure, title, note, right=150)
+    return _styled(figure, title, note)
 
 
 def timeline(

@@ -84,13 +84,19 @@ def _page_html(environment: jinja2.Environment, page: _Page, shelf: Shelf) -> st
     facts = [
         f"profile {execution.profile}",
         f"{execution.status}, took {clock(execution.duration_s)}",
-        execution.started,
+        _when(execution.started),
     ]
     return environment.get_template("page.html.j2").render(
-        title=page.body.title or execution.notebook, root="../", figures=page.body.figures, folded=True, body=page.body.html,
-        contents=page.body.contents, facts=facts + ([machine_line(found["machine"])] if found else []),
-        warnings=_warnings(shelf, execution.notebook), footer=_footer([execution]),
-    )  # fmt: skip
+        title=page.body.title or execution.notebook,
+        root="../",
+        figures=page.body.figures,
+        folded=True,
+        body=page.body.html,
+        contents=page.body.contents,
+        facts=facts + ([machine_line(found["machine"])] if found else []),
+        warnings=_warnings(shelf, execution.notebook),
+        footer=_footer([execution]),
+    )
 
 
 def _index_html(environment: jinja2.Environment, shelves: Sequence[Shelf], pages: dict[str, list[_Page]]) -> str:

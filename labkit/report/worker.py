@@ -18,15 +18,22 @@ from labkit.report import processes
 def main() -> None:
     order = json.loads(sys.argv[1])
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Kernels and what they leave behind inherit standard output: what is said to the parent goes where they cannot write.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(**event: Any) -> None:
+        print(json.dumps(event), file=channel, flush=True)
+
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     def on_cell_start(cell: Any, cell_index: int) -> None:
         if cell["cell_type"] == "code":
-            _say(event="start", cell=cell.get("id"), index=cell_index)
+            say(event="start", cell=cell.get("id"), index=cell_index)
 
     def on_cell_executed(cell: Any, cell_index: int, **_: Any) -> None:
-        _say(event="end", cell=cell.get("id"), index=cell_index)
+        say(event="end", cell=cell.get("id"), index=cell_index)
 
     try:
         papermill.execute_notebook(
@@ -41,15 +48,11 @@ def main() -> None:
             on_cell_executed=on_cell_executed,
         )
     except PapermillExecutionError as error:
-        _say(event="raised", cell=None, reason=f"{error.ename}: {error.evalue}")
+        say(event="raised", cell=None, reason=f"{error.ename}: {error.evalue}")
         sys.exit(1)
     except BaseException as error:
-        _say(event="died", cell=None, reason=f"{type(error).__name__}: {error}")
+        say(event="died", cell=None, reason=f"{type(error).__name__}: {error}")
         sys.exit(2)
-
-
-def _say(**event: Any) -> None:
-    print(json.dumps(event), flush=True)
 
 
 def _end_with_parent() -> None:
