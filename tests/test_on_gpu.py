@@ -1,0 +1,98 @@
+"""What only a CUDA device can show; everywhere else these are skipped. Run them with ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from labkit.deployment import SHIPPED_MODEL, Deployment
+from labkit.engine import Engine
+from labkit.request import SamplingParams
+from labkit.training.ledger import BUCKETS, is_correct, make_problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)
+POLICIES: list[dict[str, Any]] = [
+    {"batching": "static"},
+    {"batching": "dynamic"},
+    {"batching": "continuous", "chunked_prefill": False},
+    {"batching": "continuous"},
+    {"batching": "continuous", "token_budget": 333},
+    {"batching": "continuous", "kv_blocks": 1200},
+]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """50 mixed prompts: 30 short, 15 medium, 5 long."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_MODEL)
+    counts = dict(zip(BUCKETS, (30, 15, 5), strict=True))
+    problems = [make_problem(11, index, bucket) for bucket, count in counts.items() for index in range(count)]
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def reference(prompts: list[list[int]], dtype: torch.dtype) -> tuple[list[list[int]], Any]:
+    """What transformers writes to each prompt alone, 64 greedy tokens whatever they are."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype=dtype, attn_implementation="sdpa").cuda().eval()
+    answers = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device="cuda")
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False,
+                eos_token_id=-1, pad_token_id=0,
+            )  # fmt: skip
+            answers.append(out[0, len(prompt) :].tolist())
+    return answers, model
+
+
+@pytest.fixture(scope="module")
+def exact(prompts: list[list[int]]) -> list[list[int]]:
+    return reference(prompts, torch.float32)[0]
+
+
+@pytest.mark.parametrize("knobs", POLICIES, ids=lambda knobs: "-".join(map(str, knobs.values())))
+def test_float32_equals_transformers_under_every_policy(
+    prompts: list[list[int]], exact: list[list[int]], knobs: dict[str, Any]
+) -> None:
+    engine = Engine(Deployment(device="cuda", dtype="float32", **knobs))
+    found = [list(completion.token_ids) for completion in engine.generate(prompts, GREEDY)]
+    assert found == exact
+    assert engine.core.stats().kv_blocks_used == 0
+
+
+def test_bfloat16_differs_only_where_the_choice_is_a_tie(prompts: list[list[int]]) -> None:
+    answers, model = reference(prompts, torch.bfloat16)
+    engine = Engine(Deployment(device="cuda", dtype="bfloat16"))
+    found = [list(completion.token_ids) for completion in engine.generate(prompts, GREEDY)]
+    for prompt, ours, theirs in zip(prompts, found, answers, strict=True):
+        if ours == theirs:
+            continue
+        first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + ours[:first]], device="cuda")).logits[0, -1].float()
+        gap = (logits[theirs[first]] - logits[ours[first]]).abs().item()
+        # bfloat16 keeps 8 significant bits; two roundings of a logit of this size may differ by so much
+        assert gap <= 4 * logits.abs().max().item() * 2**-8, (first, gap)
+
+
+def test_answers_are_right_in_bfloat16() -> None:
+    engine = Engine(Deployment(device="cuda", dtype="bfloat16"))
+    problems = [make_problem(12, index, bucket) for bucket in BUCKETS for index in range(100)]
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    texts = [engine.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    answers = engine.generate(texts, SamplingParams(max_tokens=256))
+    right = sum(is_correct(problem.answer, answer.text) for problem, answer in zip(problems, answers, strict=True))
+    assert right >= 0.93 * len(problems)
