@@ -23,8 +23,8 @@ MAX_TOKENS = 400
 
 
 def prompts(count: int) -> list[str]:
-    """Ledger questions, seven short ones to three of medium length. Of the long ones a run of this size would hold so few
-    that they alone would decide its P95."""
+    """Ledger questions, seven short ones to three of medium length. A run of this size would hold so few long ones that
+    they alone would decide its P95."""
     buckets = ["short", "short", "medium", "short", "short", "medium", "short", "short", "medium", "short"]
     return [make_problem(seed=11, index=i, bucket=buckets[i % 10]).prompt for i in range(count)]
 
