@@ -243,6 +243,46 @@ def report(
 
 
 @app.command()
+def ladder(
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face directory or hub id; absent: the shipped model.")
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs.")] = "auto",
+    users: Annotated[
+        int, typer.Option(min=1, help="Concurrent users, each waiting for an answer before asking again.")
+    ] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of every run.")] = 24,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of every rung, interleaved.")] = 2,
+    rung: Annotated[list[str] | None, typer.Option(help="Only this rung, besides the first; may be repeated.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 300.0,
+    runs: Annotated[Path, typer.Option(help="Where runs are kept; finished ones are not made again.")] = Path("runs"),
+) -> None:
+    """Walk from the deployment as first deployed to the best one, a knob at a time, under the article's traffic.
+
+    labkit ladder --rung "continuous batching"
+    """
+    from labkit.deployment import SHIPPED_MODEL
+    from labkit.experiments.ladder import ladder as all_rungs
+    from labkit.experiments.ladder import walk
+    from labkit.experiments.provenance import code_version, machine
+    from labkit.experiments.store import RunStore
+    from labkit.report.environment import code_line, machine_line
+    from labkit.report.ladder import ladder_table
+    from labkit.runner.runner import torch_device
+    from labkit.traffic.workload import Workload
+
+    rungs = all_rungs(model or SHIPPED_MODEL, torch_device(device).type)
+    if unknown := set(rung or []) - {each.name for each in rungs}:
+        raise UserError(f"no rung {unknown.pop()!r}; there are: {', '.join(each.name for each in rungs)}")
+    chosen = [rungs[0], *(each for each in rungs[1:] if not rung or each.name in rung)]
+    workload = Workload.article(users=users, requests=requests, timeout_s=timeout)
+    walked = walk(chosen, workload, RunStore(runs), repeats)
+    where = f"{machine_line(machine())}; {code_line(code_version())}"
+    caption = f"{users} users, {requests} requests, {repeats} runs a rung; {where}"
+    print(ladder_table(chosen, walked, caption).text(width=200))
+
+
+@app.command()
 def serve(
     model: Annotated[
         str | None, typer.Argument(help="A Hugging Face directory or hub id; absent: the shipped model.")
