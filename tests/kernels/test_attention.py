@@ -79,3 +79,10 @@ def test_the_padded_decode_batch_of_cuda_agrees(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(globals(), "paged_attention", all_at_once)
     found, expected = run([(1, 1), (1, 16), (1, 17), (1, 100)], 6, 2, 16, block_size=16)
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+
+
+def test_the_masked_chunk_of_cuda_agrees() -> None:
+    queries, keys, values = (torch.randn(2, 3, tokens, 16) for tokens in (5, 40, 40))
+    mask = attention._causal_mask(5, 40, queries)
+    masked = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    torch.testing.assert_close(attention._attend_past_and_new(queries, keys, values), masked, atol=1e-5, rtol=1e-5)
