@@ -24,6 +24,7 @@ from labkit.serving.streams import Choice, ReasoningSplitter, chat_logprobs, com
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = "1"
+ENCODER = json.JSONEncoder(separators=(",", ":"))
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -230,7 +231,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _event(payload: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + ENCODER.encode(payload).encode() + b"\n\n"
 
 
 def _single_token(tokenizer: Any, text: str) -> int | None:

@@ -74,6 +74,8 @@ class StreamOptions(_Strict):
 
 
 class _Request(_Strict):
+    """``temperature`` absent: 1, as OpenAI has it, or 0 where the model's own configuration says not to sample."""
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

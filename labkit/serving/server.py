@@ -147,7 +147,11 @@ async def _serve(
         if await _announce(engine, deployment, url, stop):
             code = 1
         else:
-            await asyncio.wait((serving, asyncio.create_task(stop.wait())), return_when=asyncio.FIRST_COMPLETED)
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                _say("the HTTP server ended by itself; see the messages above", error=True)
+                code = 1
         app.state.draining = True
         stop.set()
         _exit_at_last(options.drain_s + HARD_EXIT_S, code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,17 @@ def test_a_server_does_not_outlive_the_process_that_measures_it(tiny_model: Path
         while not gone(url):
             assert time.monotonic() < deadline, "the server still answers"
             time.sleep(0.05)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with process(*START, str(tmp_path / "broken"), "--port", "0") as child:
+        output, _ = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert output.strip().splitlines()[-1].startswith(f"labkit: cannot serve {tmp_path}/broken: ")
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
