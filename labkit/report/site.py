@@ -179,7 +179,7 @@ def _description(profile: str) -> str:
 
 
 def _when(started: str) -> str:
-    return started.replace("+00:00", " UTC").replace("T", " ")
+    return started.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _footer(executions: Sequence[Execution]) -> str:

@@ -18,7 +18,7 @@ from labkit.report import processes
 def main() -> None:
     order = json.loads(sys.argv[1])
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Kernels and what they leave behind inherit standard output: what is said to the parent goes where they cannot write.
+    # A kernel and what it leaves behind inherit standard output; the parent is told things where they cannot write.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -13,9 +13,10 @@ import nbformat
 import psutil
 import pytest
 
+from labkit import cli
 from labkit.errors import UserError
 from labkit.experiments.claims import VERDICTS_VARIABLE
-from labkit.report import execute
+from labkit.report import execute, site
 from labkit.report.profiles import Profile
 from labkit.report.progress import Progress
 from labkit.report.shelf import Shelf
@@ -133,14 +134,13 @@ def test_killed_in_the_middle_it_says_so_and_starts_again(write: Any, tmp_path: 
     deadline = time.monotonic() + 60
     while not began.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    refused = labkit("run", "--folder", "nb", cwd=tmp_path)
-    assert refused.returncode == 1 and "another `labkit run`" in refused.stderr and "Traceback" not in refused.stderr
+    with pytest.raises(UserError, match="another `labkit run`"):
+        execute.run_notebooks([tmp_path / "nb" / "long.ipynb"], PROFILE, tmp_path / "runs")
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert gone(int(began.read_text()))  # the kernel does not outlive the command
     assert shelf.names() == [] and shelf.execution("long") is None and list(shelf.cut_off()) == ["long"]
-    site = labkit("report", cwd=tmp_path)
-    assert site.returncode == 0 and "cut off" in (tmp_path / "site" / "index.html").read_text()
+    assert "cut off" in site.build(tmp_path / "runs", tmp_path / "site").read_text()
     assert not (tmp_path / "site" / "quick").exists()
 
     again = labkit("run", "--folder", "nb", cwd=tmp_path)
@@ -193,15 +193,29 @@ def test_claims_of_a_notebook(write: Any, head: str, claims: tuple[str, ...]) ->
     assert execute.claims_of(nbformat.read(write("x", head=head), as_version=4)) == claims
 
 
-def test_wrong_use_is_one_line(tmp_path: Path) -> None:
-    for words, said in (
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (("run", "--profile", "huge"), "choose one of quick, cpu, h200"),
         (("run", "-p", "oops"), "name=value"),
         (("run",), "holds no notebooks"),
+        (("run", "00_x"), "no notebook 00_x"),
         (("report",), "run `labkit run` first"),
-    ):
-        done = labkit(*words, cwd=tmp_path)
-        assert done.returncode == 1 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    ],
+)
+def test_wrong_use_is_one_line(
+    words: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["labkit", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and said in told and len(told.splitlines()) == 1
 
 
 def test_the_environment_variable_of_verdicts_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
