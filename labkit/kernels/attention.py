@@ -6,24 +6,30 @@ blocks of one sequence, once gathered, lie contiguous per head, which is what th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DECODE_BATCH_TOKENS = 2**18
+"""Most tokens, padding included, whose keys and values are gathered at once for decoding on CUDA: half a GB at 7B."""
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
     """Where the sequences lie in the token stream and in the KV cache. Sequences with one new token come first.
 
-    The lengths are Python lists: the loops below need them on the host, and reading them from a GPU would stall it.
+    Lengths are Python lists, for loops and shapes need them on the host, and reading them from a GPU would stall it.
     """
 
     query_lens: list[int]
     """New tokens of each sequence in this step."""
     context_lens: list[int]
     """Tokens of each sequence in the cache once this step's are written."""
+    contexts: Tensor
+    """[sequences] int64: the same, on the device."""
     block_tables: Tensor
     """[sequences, widest] int64: the cache blocks of each sequence; entries past its context are any valid block."""
     slots: Tensor
@@ -50,14 +56,11 @@ def paged_attention(queries: Tensor, cache: Tensor, meta: AttentionMetadata) -> 
     launches cost more than padding; prefill chunks one by one on both.
     """
     out = torch.empty_like(queries)
-    decodes = meta.decodes
-    if decodes and queries.is_cuda:
-        tables, contexts = meta.block_tables[:decodes], meta.context_lens[:decodes]
-        out[:decodes] = _decode_batch(queries[:decodes], cache, tables, contexts)
-    else:
-        decodes = 0
-    begin = decodes
-    for i in range(decodes, len(meta.query_lens)):
+    first = begin = meta.decodes if queries.is_cuda else 0
+    for piece in _pieces(meta.context_lens[:first], DECODE_BATCH_TOKENS):
+        longest = max(meta.context_lens[piece])
+        out[piece] = _decode_batch(queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest)
+    for i in range(first, len(meta.query_lens)):
         end = begin + meta.query_lens[i]
         keys, values = _gather(cache, meta.block_tables[i], meta.context_lens[i])
         out[begin:end] = _attend(queries[begin:end], keys, values)
@@ -119,15 +122,26 @@ def _causal_mask(new: int, length: int, like: Tensor) -> Tensor:
     return mask.triu_(length - new + 1)
 
 
-def _decode_batch(queries: Tensor, cache: Tensor, block_tables: Tensor, context_lens: list[int]) -> Tensor:
+def _pieces(context_lens: list[int], most: int) -> Iterator[slice]:
+    """Runs of sequences that, padded to the longest of the run, come to ``most`` tokens; at least one sequence each."""
+    begin = longest = 0
+    for i, length in enumerate(context_lens):
+        if i > begin and max(longest, length) * (i + 1 - begin) > most:
+            yield slice(begin, i)
+            begin, longest = i, 0
+        longest = max(longest, length)
+    if context_lens:
+        yield slice(begin, len(context_lens))
+
+
+def _decode_batch(queries: Tensor, cache: Tensor, block_tables: Tensor, contexts: Tensor, longest: int) -> Tensor:
     """One query token per sequence, padded to the longest context. queries: [sequences, heads, head_dim]."""
     sequences, heads, head_dim = queries.shape
     _, kv_heads, _, block_size, _ = cache.shape
-    used = -(-max(context_lens) // block_size)
+    used = -(-longest // block_size)
     found = cache.index_select(2, block_tables[:, :used].reshape(-1))
     found = found.view(2, kv_heads, sequences, used * block_size, head_dim).transpose(1, 2)
-    lengths = torch.tensor(context_lens, device=queries.device)
-    seen = torch.arange(used * block_size, device=queries.device) < lengths[:, None]
+    seen = torch.arange(used * block_size, device=queries.device) < contexts[:, None]
     out = F.scaled_dot_product_attention(
         queries.view(sequences, kv_heads, -1, head_dim), found[0], found[1], attn_mask=seen[:, None, None]
     )

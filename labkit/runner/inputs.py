@@ -40,10 +40,17 @@ def pack(work: list[Work], block_size: int, device: torch.device) -> StepInputs:
     tables = _block_tables(work)
     slots = tables[owner, positions // block_size] * block_size + positions % block_size
     sample_rows = [int(end) - 1 for share, end in zip(work, ends, strict=True) if share.samples]
-    parts = (np.asarray(token_ids), positions, slots, np.asarray(sample_rows, np.int64), tables.ravel())
+    parts = (
+        np.asarray(token_ids),
+        positions,
+        slots,
+        np.asarray(sample_rows, np.int64),
+        np.asarray(contexts),
+        tables.ravel(),
+    )
     sent = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-    ids, places, slot, rows, table = sent.split([len(part) for part in parts])
-    meta = AttentionMetadata(lengths, contexts, table.view(tables.shape), slot)
+    ids, places, slot, rows, context, table = sent.split([len(part) for part in parts])
+    meta = AttentionMetadata(lengths, contexts, context, table.view(tables.shape), slot)
     return StepInputs(ids, places, rows, meta)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from labkit.deployment import Deployment
 from labkit.errors import UserError
+from labkit.kernels.attention import DECODE_BATCH_TOKENS
 from labkit.models.loading import Checkpoint, load_model
 from labkit.request import SamplingParams, TokenLogprob
 from labkit.runner import cache as kv
@@ -77,7 +78,7 @@ class Runner:
         """Memory that the largest step takes beside weights and cache, measured by running one on CUDA."""
         if self.device.type != "cuda":
             return 0
-        tokens = min(max(deployment.token_budget, deployment.max_batch), context)
+        tokens = max(deployment.token_budget, deployment.max_batch, 0 if deployment.chunked_prefill else context)
         blocks = list(range(-(-tokens // self.block_size)))
         shape, dtype = self.model.shape, DTYPES[deployment.dtype]
         self.cache = kv.allocate(shape, len(blocks), self.block_size, self.device, dtype)
@@ -87,8 +88,8 @@ class Runner:
         self.run([Work(probe, tokens)])
         peak = torch.cuda.max_memory_allocated(self.device) - before
         self.cache = []
-        # The decode batch gathers the contexts it attends to: one layer's keys and values, twice for the copies.
-        gathered = 2 * deployment.max_batch * context * kv.block_bytes(shape, 1, dtype) // shape.layers
+        # Decoding gathers what it attends to: one layer's keys and values, twice for the copies.
+        gathered = 2 * max(DECODE_BATCH_TOKENS, context) * kv.block_bytes(shape, 1, dtype) // shape.layers
         return peak + gathered + 4 * 4 * deployment.max_batch * shape.vocab_size
 
 

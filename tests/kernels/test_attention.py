@@ -43,7 +43,8 @@ def run(
         queries.append(torch.from_numpy(query))
         slots.append(place[context - new :])
         expected.append(reference(query, keys, values))
-    meta = AttentionMetadata([new for new, _ in lengths], [c for _, c in lengths], tables, torch.cat(slots))
+    contexts = [context for _, context in lengths]
+    meta = AttentionMetadata([new for new, _ in lengths], contexts, torch.tensor(contexts), tables, torch.cat(slots))
     return paged_attention(torch.cat(queries), cache, meta), np.concatenate(expected)
 
 
@@ -73,7 +74,8 @@ def test_any_block_size(block_size: int) -> None:
 
 def test_the_padded_decode_batch_of_cuda_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_at_once(queries: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-        return attention._decode_batch(queries, cache, meta.block_tables, meta.context_lens)
+        longest = max(meta.context_lens)
+        return attention._decode_batch(queries, cache, meta.block_tables, meta.contexts, longest)
 
     monkeypatch.setattr(attention, "paged_attention", all_at_once)
     monkeypatch.setitem(globals(), "paged_attention", all_at_once)
@@ -86,3 +88,14 @@ def test_the_masked_chunk_of_cuda_agrees() -> None:
     mask = attention._causal_mask(5, 40, queries)
     masked = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     torch.testing.assert_close(attention._attend_past_and_new(queries, keys, values), masked, atol=1e-5, rtol=1e-5)
+
+
+def test_decode_batches_are_bounded_and_leave_nobody_out() -> None:
+    assert list(attention._pieces([], 10)) == []
+    assert list(attention._pieces([3, 3, 3, 9, 1, 1, 50, 2], 10)) == [
+        slice(0, 3),
+        slice(3, 4),
+        slice(4, 6),
+        slice(6, 7),
+        slice(7, 8),
+    ]

@@ -17,7 +17,7 @@ def test_packing_says_where_every_token_is_and_goes() -> None:
     assert inputs.attention.slots.tolist() == [2 * 4 + 1, 9 * 4 + 3, 0, 1, 2, 3, 4 * 4, 4, 5]
     assert inputs.sample_rows.tolist() == [0, 8], "the chunk does not reach its end, so it samples nothing"
     assert inputs.attention.query_lens == [1, 6, 2]
-    assert inputs.attention.context_lens == [6, 9, 2]
+    assert inputs.attention.context_lens == inputs.attention.contexts.tolist() == [6, 9, 2]
     assert inputs.attention.block_tables[1].tolist() == [9, 0, 4, 5]
     assert inputs.attention.block_tables[0, :2].tolist() == [7, 2]
     assert inputs.attention.decodes == 1
