@@ -9,6 +9,7 @@ import torch
 
 from labkit.deployment import SHIPPED_MODEL, Deployment
 from labkit.engine import Engine
+from labkit.kernels import attention
 from labkit.request import SamplingParams
 from labkit.training.ledger import BUCKETS, is_correct, make_problem
 
@@ -96,3 +97,38 @@ def test_answers_are_right_in_bfloat16() -> None:
     answers = engine.generate(texts, SamplingParams(max_tokens=256))
     right = sum(is_correct(problem.answer, answer.text) for problem, answer in zip(problems, answers, strict=True))
     assert right >= 0.93 * len(problems)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(6, 2, 64), (4, 4, 64), (7, 1, 128)])
+def test_chunks_of_any_length_attend_right(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+    torch.manual_seed(0)
+    for new in (2, 63, 64, 65, 66, 129, 961, 1025):
+        for past in (0, 1, 100, 1000):
+            queries = torch.randn(new, heads, head_dim, device="cuda", dtype=dtype)
+            keys, values = torch.randn(2, kv_heads, past + new, head_dim, device="cuda", dtype=dtype)
+            found = attention._attend(queries, keys, values).double()
+            keys, values = (each.double().repeat_interleave(heads // kv_heads, 0) for each in (keys, values))
+            scores = queries.double().transpose(0, 1) @ keys.transpose(1, 2) / head_dim**0.5
+            hidden = torch.ones(new, past + new, dtype=torch.bool, device="cuda").triu_(past + 1)
+            expected = (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1)
+            assert (found - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm(), (
+                new,
+                past,
+            )
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (4, 4)])
+def test_the_decode_batch_attends_right(heads: int, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    contexts = [1, 15, 16, 17, 500, 33]
+    cache = torch.randn(2, kv_heads, 256, 16, 64, device="cuda")
+    tables = torch.randperm(256, device="cuda")[: 6 * 32].view(6, 32)
+    queries = torch.randn(6, heads, 64, device="cuda")
+    found = attention._decode_batch(queries, cache, tables, torch.tensor(contexts, device="cuda"), max(contexts))
+    for row, length in enumerate(contexts):
+        keys, values = (cache[half][:, tables[row]].flatten(1, 2)[:, :length].double() for half in (0, 1))
+        keys, values = (each.repeat_interleave(heads // kv_heads, 0) for each in (keys, values))
+        shares = (torch.einsum("hd,hld->hl", queries[row].double(), keys) / 8).softmax(-1)
+        expected = torch.einsum("hl,hld->hd", shares, values)
+        assert (found[row] - expected).norm() <= 1e-5 * expected.norm()

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DECODE_BATCH_TOKENS = 2**18
 """Most tokens, padding included, whose keys and values are gathered at once for decoding on CUDA: half a GB at 7B."""
+
+
+# cuDNN is left out: it takes a tenth of a second to plan for every shape not seen before, and these never repeat.
+CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -88,18 +93,33 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         # The query heads that share a key head act as that head's queries: no repetition, no mask.
         out = F.scaled_dot_product_attention(grouped.permute(1, 0, 2, 3), keys[:, None], values[:, None])
         return out.view(1, heads, head_dim)
+    if queries.is_cuda:
+        return _attend_on_cuda(queries, keys, values)
     # Key heads take the batch dimension so that repeating them for their group is a stride of zero, not a copy.
     spread = (kv_heads, group, length, head_dim)
     keys, values = keys[:, None].expand(spread), values[:, None].expand(spread)
     spread_queries = grouped.permute(1, 2, 0, 3)
     if new == length:
         out = F.scaled_dot_product_attention(spread_queries, keys, values, is_causal=True)
-    elif queries.is_cuda:
-        mask = _causal_mask(new, length, queries)
-        out = F.scaled_dot_product_attention(spread_queries, keys, values, attn_mask=mask)
     else:
         out = _attend_past_and_new(spread_queries, keys, values)
     return out.permute(2, 0, 1, 3).reshape(new, heads, head_dim)
+
+
+def _attend_on_cuda(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``_attend`` as one batch of repeated heads.
+
+    With key heads as the batch, the memory-efficient kernel of torch 2.11 misreads a mask of 64 k + 1 rows.
+    """
+    new, heads, _ = queries.shape
+    kv_heads, length, _ = keys.shape
+    mask = None if new == length else _causal_mask(new, length, queries)
+    keys, values = (each.repeat_interleave(heads // kv_heads, dim=0)[None] for each in (keys, values))
+    with sdpa_kernel(CUDA_BACKENDS):
+        out = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=mask is None
+        )
+    return out[0].transpose(0, 1)
 
 
 def _attend_past_and_new(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -141,8 +161,8 @@ def _decode_batch(queries: Tensor, cache: Tensor, block_tables: Tensor, contexts
     used = -(-longest // block_size)
     found = cache.index_select(2, block_tables[:, :used].reshape(-1))
     found = found.view(2, kv_heads, sequences, used * block_size, head_dim).transpose(1, 2)
-    seen = torch.arange(used * block_size, device=queries.device) < contexts[:, None]
-    out = F.scaled_dot_product_attention(
-        queries.view(sequences, kv_heads, -1, head_dim), found[0], found[1], attn_mask=seen[:, None, None]
-    )
-    return out.reshape(sequences, heads, head_dim)
+    beyond = torch.arange(used * block_size, device=queries.device) >= contexts[:, None]
+    grouped = queries.view(sequences, kv_heads, -1, head_dim)
+    scores = (grouped @ found[0].transpose(-1, -2)).float() * head_dim**-0.5
+    shares = scores.masked_fill(beyond[:, None, None], float("-inf")).softmax(-1).to(queries.dtype)
+    return (shares @ found[1]).view(sequences, heads, head_dim)

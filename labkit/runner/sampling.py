@@ -9,6 +9,9 @@ from torch import Tensor
 
 from labkit.request import SamplingParams, TokenLogprob
 
+COLDEST = 1e-5
+"""Below this temperature the likeliest token is taken: dividing by less could overflow float32."""
+
 _MASK = 2**64 - 1
 
 
@@ -18,7 +21,7 @@ def sample(logits: Tensor, sampling: Sequence[SamplingParams], uniforms: Sequenc
     A row's token depends on that row alone, so it is the same in any batch.
     """
     tokens = logits.argmax(-1)
-    drawn = [row for row, params in enumerate(sampling) if params.temperature > 0]
+    drawn = [row for row, params in enumerate(sampling) if params.temperature >= COLDEST]
     if not drawn:
         return tokens
     rows = torch.tensor(drawn, device=logits.device)

@@ -137,3 +137,9 @@ def test_logprobs_are_those_of_the_unfiltered_distribution() -> None:
     assert [token for token, _ in found[0].top] == np.argsort(-exact[0])[:3].tolist()
     assert [value for _, value in found[0].top] == pytest.approx(np.sort(exact[0])[::-1][:3], abs=1e-5)
     assert dataclasses.astuple(found[2]) == (6, pytest.approx(exact[2, 6], abs=1e-5), ())
+
+
+def test_a_temperature_too_low_for_float32_takes_the_likeliest() -> None:
+    logits = torch.tensor([[3.0, 90.0, -5.0]])
+    for temperature in (1e-300, 1e-38, 9e-6):
+        assert sample(logits, [SamplingParams(temperature=temperature)], [0.999]).tolist() == [1]
