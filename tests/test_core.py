@@ -98,7 +98,9 @@ def test_the_end_of_sequence_ends_an_answer(tiny_model: Path, greedy_cases: Any)
         assert outputs[-1].finish_reason == ("length" if end is None else "stop")
         assert all(each.finish_reason is None for each in outputs[:-1])
         stopped += end is not None
+        engine.add(request_id, greedy_cases[request_id].prompt_ids, GREEDY)
     assert 0 < stopped < 50
+    assert answers(engine) == {i: case.answer_ids for i, case in enumerate(greedy_cases)}, "unless it is ignored"
 
 
 def test_max_tokens_and_the_context_end_an_answer(tiny_model: Path) -> None:

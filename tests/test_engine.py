@@ -155,11 +155,14 @@ def test_closing_a_stream_frees_its_blocks(tiny_model: Path) -> None:
             await anext(stream)
             assert engine.stats().kv_blocks_used > 0
             await stream.aclose()
+            await until(lambda: engine.stats().kv_blocks_used == 0)
+            steps = engine.stats().steps
+            assert steps < 60, "it was cancelled, not finished"
             waiting = asyncio.create_task(ask(engine, [5] * 100))
             await until(lambda: engine.stats().running == 1)
             waiting.cancel()
-            await until(lambda: engine.stats().kv_blocks_used == engine.stats().running == engine.stats().waiting == 0)
-            assert engine.stats().generated_tokens < 2 * 64
+            await until(lambda: engine.stats().kv_blocks_used == engine.stats().running == 0)
+            assert engine.stats().steps - steps < 60
 
     run(test())
 

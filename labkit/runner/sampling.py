@@ -26,11 +26,11 @@ def sample(logits: Tensor, sampling: Sequence[SamplingParams], uniforms: Sequenc
         return tokens
     rows = torch.tensor(drawn, device=logits.device)
     scores = filtered_scores(logits[rows], [sampling[row] for row in drawn])
-    # Inverse of the cumulative distribution, in float64: one random number a row, and no token of probability zero.
+    # Inverse of the cumulative distribution: one random number a row. In float64 the largest one, 1 - 2**-53, times the
+    # total stays below the total, so that the search never runs past the last token that may be drawn.
     cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     total = cumulative[:, -1:]
     point = torch.tensor([uniforms[row] for row in drawn], dtype=torch.float64, device=logits.device)[:, None] * total
-    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
     tokens[rows] = torch.searchsorted(cumulative, point, right=True)[:, 0]
     return tokens
 
@@ -60,8 +60,8 @@ def filtered_scores(logits: Tensor, sampling: Sequence[SamplingParams]) -> Tenso
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that looks random and depends on nothing but its arguments (two rounds of SplitMix64)."""
-    return _mix(_mix(seed & _MASK) ^ position) / 2**64 if position >= 0 else 0.0
+    """A number in [0, 1), a multiple of 2**-53, that looks random and depends on its arguments only (SplitMix64, twice)."""
+    return (_mix(_mix(seed) ^ position) >> 11) / 2**53
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, sampling: Sequence[SamplingParams]) -> list[TokenLogprob | None]:

@@ -123,6 +123,16 @@ def test_the_latest_arrival_is_preempted_and_the_oldest_goes_on() -> None:
     assert queues.blocks.used == 0
 
 
+def test_admission_leaves_a_block_for_each_who_runs() -> None:
+    queues, deployment = make(blocks=6)
+    arrive(queues, 0, prompt=8)
+    arrive(queues, 1, prompt=8)
+    arrive(queues, 2, prompt=8)
+    assert step(queues, deployment) == [(0, 8), (1, 8)]
+    assert step(queues, deployment) == [(0, 1), (1, 1)], "two blocks are free, and each of the two soon wants one"
+    assert queues.preemptions == 0 and queues.blocks.free == 0
+
+
 def test_nobody_overtakes_the_first_who_waits() -> None:
     queues, deployment = make(blocks=10)
     arrive(queues, 0, prompt=24)
