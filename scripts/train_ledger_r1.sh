@@ -7,8 +7,8 @@ OUT=${OUT:-build/out} WORK=${WORK:-/tmp/ledger-r1} CHECKPOINTS=${CHECKPOINTS:-/t
 SECONDS_LIMIT=${SECONDS_LIMIT:-450} PROBLEMS=${PROBLEMS:-1000} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT" "$WORK"
 
-pack() { # what is there so far: weights apart, the small files in one archive
-  cp "$WORK"/model/model*.safetensors "$OUT/"
+pack() { # what is there so far: the weights in parts small enough to send (cat joins them), the rest in one archive
+  split -b 14M "$WORK/model/model.safetensors" "$OUT/model.safetensors."
   tar -czf "$OUT/rest.tar.gz" -C "$WORK" --exclude='*.safetensors' .
 }
 

@@ -15,12 +15,9 @@ from labkit.files import write_atomic, writing_atomic
 from labkit.training.network import Network, Shape, rope_tables
 from labkit.training.tokenizer import CONTEXT, END_OF_TEXT, TURN_END, write_tokenizer
 
-# a part stays below what file hosts and mail gateways take without asking
-_PART_BYTES = 14 * 10**6
-
 
 def write_model(network: Network, tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes weights (bf16 safetensors, parts of at most 14 MB), tokenizer and configuration. Raises OSError."""
+    """Writes weights (bf16 safetensors), tokenizer and configuration. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in network.named_parameters()}
     _write_weights(weights, directory)
@@ -36,23 +33,12 @@ def write_model(network: Network, tokenizer: Tokenizer, directory: Path) -> None
 
 
 def _write_weights(weights: dict[str, torch.Tensor], directory: Path) -> None:
-    parts: list[dict[str, torch.Tensor]] = [{}]
-    for name, value in weights.items():
-        if parts[-1] and sum(part.nbytes for part in parts[-1].values()) + value.nbytes > _PART_BYTES:
-            parts.append({})
-        parts[-1][name] = value
-    for stale in directory.glob("model*.safetensors*"):
+    for stale in directory.glob("model-*-of-*.safetensors"):
         stale.unlink()
-    names = {}
-    for number, part in enumerate(parts, start=1):
-        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        names |= dict.fromkeys(part, file)
-        with writing_atomic(directory / file) as beside:
-            save_file(part, beside, metadata={"format": "pt"})
-            beside.chmod(0o644)
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": sum(value.nbytes for value in weights.values())}, "weight_map": names}
-        write_atomic(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    with writing_atomic(directory / "model.safetensors") as beside:
+        save_file(weights, beside, metadata={"format": "pt"})
+        beside.chmod(0o644)
 
 
 def model_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, object]:
