@@ -60,7 +60,7 @@ def filtered_scores(logits: Tensor, sampling: Sequence[SamplingParams]) -> Tenso
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), a multiple of 2**-53, that looks random and depends on its arguments only (SplitMix64, twice)."""
+    """A multiple of 2**-53 in [0, 1) that looks random and depends on its arguments only (SplitMix64, twice)."""
     return (_mix(_mix(seed) ^ position) >> 11) / 2**53
 
 
