@@ -62,29 +62,43 @@ def train(
     runs: Annotated[Path, typer.Option(help="Run store, for the loss curve.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
 ) -> None:
-    """Train the ledger model from nothing, or go on where a training was killed."""
-    import torch
+    """Train the ledger model from nothing, or go on where a training was killed.
 
+    labkit train --steps 10300 --device cuda
+    """
+    from labkit.training.options import pick_device
     from labkit.training.options import preset as make_options
     from labkit.training.trainer import train as run_training
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     options = make_options(
-        preset, steps=steps, max_seconds=max_seconds, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, warm_up=warm_up,
-        schedule=schedule, clip=clip, batch_tokens=batch_tokens, micro_batch=micro_batch, accumulate=accumulate, seed=seed,
-        device=device, autocast=autocast, checkpoint_every_s=checkpoint_every, checkpoint_every_steps=checkpoint_every_steps,
+        preset,
+        steps=steps,
+        max_seconds=max_seconds,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        warm_up=warm_up,
+        schedule=schedule,
+        clip=clip,
+        batch_tokens=batch_tokens,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        seed=seed,
+        device=device,
+        autocast=autocast,
+        checkpoint_every_s=checkpoint_every,
+        checkpoint_every_steps=checkpoint_every_steps,
         compile=device.startswith("cuda") if compile_steps is None else compile_steps,
         processes=max(0, (os.cpu_count() or 1) - 2) if processes is None else processes,
-    )  # fmt: skip
-    run_training(
-        options,
-        out,
-        checkpoints or out.with_name(out.name + "-checkpoints"),
-        runs,
-        resume,
-        say=lambda line: print(line, flush=True),
     )
+    kept = checkpoints or out.with_name(out.name + "-checkpoints")
+    try:
+        run_training(options, out, kept, runs, resume, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"labkit: interrupted; --resume goes on from the newest checkpoint in {kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -96,17 +110,36 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     result: Annotated[Path | None, typer.Option(help="JSON file for the account.")] = None,
 ) -> None:
-    """Ask a ledger model unseen problems and count the exactly right answers."""
-    import torch
+    """Ask a ledger model unseen problems and count the exactly right answers, with Wilson 95 % intervals.
+
+    labkit evaluate data/models/ledger-r1 --problems 50 --buckets short,medium
+    """
+    from rich.console import Console
+    from rich.table import Table
 
     from labkit.training.evaluate import evaluate as run_evaluation
+    from labkit.training.evaluate import table_rows
+    from labkit.training.options import pick_device
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    run_evaluation(
-        model, problems, buckets.split(","), seed, device, dtype, result, say=lambda line: print(line, flush=True)
+    chosen = [bucket.strip() for bucket in buckets.split(",")]
+    account = run_evaluation(
+        model,
+        problems,
+        chosen,
+        seed,
+        pick_device(device),
+        result=result,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
+    header, *rows = table_rows(account)
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # a log or a pipe has no width of its own, and cut figures are worth nothing
+    console.print(table, width=None if console.is_terminal else 120)
+    if result is not None:
+        print(f"written to {result}")
 
 
 @app.command()

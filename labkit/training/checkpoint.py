@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from labkit.errors import UserError
 from labkit.files import writing_atomic
+from labkit.training.modeldir import save_tensors
 
 _KEPT = 2
 
@@ -21,8 +21,8 @@ _KEPT = 2
 class Progress:
     """Where a training stands: what a resumed one needs besides weights and optimizer state.
 
-    ``taken`` counts the batches of each bucket that entered a step; data continues after them. ``elapsed_s`` is the time
-    spent training over all sittings, ``options`` the options it was started with.
+    ``taken`` counts the batches of each bucket that entered a step; data continues after them. ``elapsed_s`` is the
+    time spent training over all sittings, ``options`` the options it was started with.
     """
 
     step: int = 0
@@ -34,7 +34,10 @@ class Progress:
 
 
 def save_checkpoint(directory: Path, network: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Writes ``step-<n>.safetensors``: float32 weights, both moments of AdamW, the random state, progress as metadata."""
+    """Writes ``step-<n>.safetensors``: float32 weights, both moments of AdamW, the random state, progress as metadata.
+
+    Raises OSError.
+    """
     tensors = {f"model.{name}": value.detach() for name, value in network.named_parameters()}
     for name, value in network.named_parameters():
         for key, state in optimizer.state.get(value, {}).items():
@@ -43,7 +46,7 @@ def save_checkpoint(directory: Path, network: nn.Module, optimizer: torch.optim.
     path = directory / f"step-{progress.step:08d}.safetensors"
     with writing_atomic(path) as beside:
         cpu = {name: value.to("cpu").contiguous() for name, value in tensors.items()}
-        save_file(cpu, beside, metadata={"progress": json.dumps(asdict(progress))})
+        save_tensors(cpu, beside, {"progress": json.dumps(asdict(progress))})
     for old in sorted(directory.glob("step-*.safetensors"))[:-_KEPT]:
         old.unlink()
     return path
@@ -61,7 +64,10 @@ def newest_checkpoint(directory: Path) -> tuple[Path, Progress] | None:
 
 
 def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts weights, optimizer state and random state back, on the device of ``network``. Raises UserError if they do not fit."""
+    """Puts weights, optimizer state and random state back, on the device of ``network``.
+
+    Raises UserError if they do not fit.
+    """
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         with torch.no_grad():

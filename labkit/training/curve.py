@@ -1,12 +1,16 @@
-"""The record of a training in the run store: a manifest, a curve that grows line by line, a parquet of it at the end."""
+"""The record of a training in the run store: a manifest, a curve that grows line by line, at last a parquet of it."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from pathlib import Path
 from typing import IO
+
+import pandas
+import torch
 
 from labkit.files import write_atomic, writing_atomic
 
@@ -21,8 +25,13 @@ class CurveRun:
             path, number = root / f"train-{stamp}-{number}", number + 1
         path.mkdir(parents=True)
         self.path = path
-        self.manifest: dict[str, object] = {"kind": "training", "state": "unfinished", "began": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self.manifest |= {"options": options, "machine": machine}
+        self.manifest: dict[str, object] = {
+            "kind": "training",
+            "state": "unfinished",
+            "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "options": options,
+            "machine": machine,
+        }
         self._write_manifest()
         self._lines: IO[str] = open(path / "curve.jsonl", "a", encoding="utf-8")
 
@@ -33,8 +42,6 @@ class CurveRun:
 
     def finish(self, **facts: object) -> None:
         """Writes curve.parquet and the final manifest."""
-        import pandas
-
         self._lines.close()
         rows = read_curve(self.path)
         with writing_atomic(self.path / "curve.parquet") as beside:
@@ -47,8 +54,10 @@ class CurveRun:
 
 
 def read_curve(path: Path) -> list[dict[str, object]]:
-    """The lines of a run's curve; a last line cut short by a kill is left out."""
-    rows = []
+    """The lines of a run's curve, none if there is none; a last line cut short by a kill is left out."""
+    rows: list[dict[str, object]] = []
+    if not (path / "curve.jsonl").is_file():
+        return rows
     for line in (path / "curve.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
@@ -59,12 +68,8 @@ def read_curve(path: Path) -> list[dict[str, object]]:
 
 def describe_machine(device: str) -> dict[str, object]:
     """Processor, accelerator and versions that bear on speed."""
-    import os
-
-    import torch
-
     facts: dict[str, object] = {
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cores": os.cpu_count(),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.training.network import Network, rotate
+from labkit.training.network import Layer, Network, rotate
 
 
 @torch.inference_mode()
 def greedy(network: Network, prompts: list[list[int]], stop: int, most: int) -> list[list[int]]:
-    """Completions of ``prompts``, each ending with ``stop`` or after ``most`` tokens. The device and dtype are the network's.
+    """Completions of ``prompts``, each ending with ``stop`` or after ``most`` tokens.
 
-    Raises ValueError if a prompt is empty or, with ``most``, longer than the context.
+    Device and dtype are the network's. Raises ValueError if there is no prompt, or one is empty or, with ``most``, longer
+    than the context.
     """
     device = next(network.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    if int(lengths.min()) < 1 or int(lengths.max()) + most > network.shape.context:
+    if not prompts or int(lengths.min()) < 1 or int(lengths.max()) + most > network.shape.context:
         raise ValueError(f"prompts must have 1 to {network.shape.context - most} tokens")
     longest = int(lengths.max())
     padded = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -38,6 +42,10 @@ def greedy(network: Network, prompts: list[list[int]], stop: int, most: int) -> 
     return [_until(row, stop) for row in torch.stack(written, dim=1).tolist()]
 
 
+def _layers(network: Network) -> Iterable[Layer]:
+    return cast("Iterable[Layer]", network.model.layers)
+
+
 def _until(tokens: list[int], stop: int) -> list[int]:
     return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
 
@@ -50,13 +58,14 @@ def _choose(network: Network, hidden: Tensor) -> Tensor:
 def _prefill(network: Network, ids: Tensor, room: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Hidden states [B, L, hidden] before the last norm, and per layer keys and values [B, kv_heads, room, d].
 
-    Prompts are padded on the right; what lies beyond a prompt is overwritten by its completion before anyone looks there.
+    Prompts are padded on the right; what lies beyond a prompt is overwritten by its completion before anyone looks
+    there.
     """
     batch, length = ids.shape
     cos, sin = network.cos[:length], network.sin[:length]
     x = network.model.embed_tokens(ids)
     cache = []
-    for layer in network.model.layers:
+    for layer in _layers(network):
         attention = layer.self_attn
         q, k, v = attention.project(layer.input_layernorm(x), cos, sin)
         keys = k.new_zeros(batch, network.shape.kv_heads, room, network.shape.head_size)
@@ -76,7 +85,7 @@ def _decode(network: Network, tokens: Tensor, positions: Tensor, cache: list[tup
     room = cache[0][0].shape[2]
     hide = torch.arange(room, device=tokens.device)[None, None, None] > positions[:, None, None, None]
     x = network.model.embed_tokens(tokens)[:, None]
-    for layer, (keys, values) in zip(network.model.layers, cache, strict=True):
+    for layer, (keys, values) in zip(_layers(network), cache, strict=True):
         attention = layer.self_attn
         normed = layer.input_layernorm(x)
         q = rotate(attention.q_proj(normed).view(batch, 1, shape.heads, -1).transpose(1, 2), cos, sin)

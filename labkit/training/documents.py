@@ -1,7 +1,7 @@
-"""Training documents: a blotter, a first question as it is served, then as many more as fit; and processes that write them.
+"""Training documents: a blotter, a question as it is served, then as many more as fit; and processes that write them.
 
-Batch ``counter`` of a bucket is a pure function of (seed, bucket, counter): however many processes write, whoever resumes,
-it holds the same documents.
+Batch ``counter`` of a bucket is a pure function of (seed, bucket, counter): however many processes write, whoever
+resumes, it holds the same documents.
 """
 
 from __future__ import annotations
@@ -25,13 +25,20 @@ from labkit.training.tokenizer import THINK, THINK_END, TURN_END, TURN_START, Pi
 LENGTHS = {"short": 768, "medium": 2304, "long": 4352}
 ANSWER_WEIGHT = 3
 _FAMILY_SHARES = {
-    "lookup": 1.0, "net": 1.5, "notional": 1.0, "fees": 1.3, "largest": 1.3, "count": 1.3, "limit": 1.0, "headline": 0.4,
-}  # fmt: skip
+    "lookup": 1.0,
+    "net": 1.5,
+    "notional": 1.0,
+    "fees": 1.3,
+    "largest": 1.3,
+    "count": 1.3,
+    "limit": 1.0,
+    "headline": 0.4,
+}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``ids`` int16 [rows, length]; ``weights`` uint8 of the same shape: how much predicting this token counts, 0 for not."""
+    """``ids`` int16 [rows, length]; ``weights`` uint8 of that shape: how much predicting this token counts, or 0."""
 
     bucket: str
     counter: int

@@ -13,26 +13,70 @@ LABELS = ("positive", "negative", "neutral")
 
 _PHRASES = {
     "positive": (
-        "beats forecasts", "raises dividend", "wins record order", "lifts profit", "gains market share", "posts strong growth",
-        "expands margin", "reports record sales", "earns upgrade", "cuts debt early", "surges", "rallies",
+        "beats forecasts",
+        "raises dividend",
+        "wins record order",
+        "lifts profit",
+        "gains market share",
+        "posts strong growth",
+        "expands margin",
+        "reports record sales",
+        "earns upgrade",
+        "cuts debt early",
+        "surges",
+        "rallies",
     ),
     "negative": (
-        "misses forecasts", "cuts dividend", "loses record order", "warns on profit", "loses market share", "posts weak growth",
-        "faces probe", "reports falling sales", "earns downgrade", "delays debt payment", "slumps", "tumbles",
+        "misses forecasts",
+        "cuts dividend",
+        "loses record order",
+        "warns on profit",
+        "loses market share",
+        "posts weak growth",
+        "faces probe",
+        "reports falling sales",
+        "earns downgrade",
+        "delays debt payment",
+        "slumps",
+        "tumbles",
     ),
     "neutral": (
-        "names new auditor", "holds annual meeting", "moves office", "confirms calendar", "changes logo", "opens archive",
-        "keeps dividend", "repeats forecasts", "publishes agenda", "renews lease", "updates website", "hosts visitors",
+        "names new auditor",
+        "holds annual meeting",
+        "moves office",
+        "confirms calendar",
+        "changes logo",
+        "opens archive",
+        "keeps dividend",
+        "repeats forecasts",
+        "publishes agenda",
+        "renews lease",
+        "updates website",
+        "hosts visitors",
     ),
-}  # fmt: skip
+}
 _SETTINGS = (
-    "", "in Tokyo", "in London", "on Monday", "on Friday", "this quarter", "this year", "after review", "before holiday",
-    "at home", "abroad", "in spring", "in autumn", "says paper", "as planned", "today",
-)  # fmt: skip
+    "",
+    "in Tokyo",
+    "in London",
+    "on Monday",
+    "on Friday",
+    "this quarter",
+    "this year",
+    "after review",
+    "before holiday",
+    "at home",
+    "abroad",
+    "in spring",
+    "in autumn",
+    "says paper",
+    "as planned",
+    "today",
+)
 
 
 def make_headline(rng: random.Random, symbol: str, held_out: bool) -> tuple[str, str, str]:
-    """Returns (headline, the phrase that decides, label): labels equally often, combinations of the asked-for half only."""
+    """Returns (headline, the phrase that decides, label): labels equally often, combinations held out or not."""
     label = LABELS[int(rng.random() * 3)]
     while True:
         phrase = _PHRASES[label][int(rng.random() * len(_PHRASES[label]))]

@@ -1,12 +1,13 @@
 """The ledger task: a blotter of trades and questions about it, each with a chain of thought and one right answer.
 
-A row of the blotter is ``T0412,ACME3,alpine2,B47@385,f35``: trade T0412 is the third trade of symbol ACME and the second of
-account alpine, buys 47 lots at 385, and costs a fee of 35. The rows stand in order of their trade ids. A control line after
-them says how many trades every symbol and every account has (``ACME=5``), so that all trades of one symbol are the keys
-ACME1 to ACME5. In a chain of thought, sums are written units first ("740" is 47), the way one adds on paper.
+A row of the blotter is ``T0412,ACME3,alpine2,B47@385,f35``: trade T0412 is the third trade of symbol ACME and the
+second of account alpine, buys 47 lots at 385, and costs a fee of 35. The rows stand in order of their trade ids. A
+control line after them says how many trades every symbol and every account has (``ACME=5``), so that all trades of
+one symbol are the keys ACME1 to ACME5. In a chain of thought, sums are written units first ("740" is 47), the way one
+adds on paper.
 
-Pure Python and seeded: the same arguments give the same problem on every machine and Python version. Training draws from
-seeds of ``FIRST_TRAINING_SEED`` and above; every smaller seed is unseen by the shipped model.
+Pure Python and seeded: the same arguments give the same problem on every machine and Python version. Training draws
+from seeds of ``FIRST_TRAINING_SEED`` and above; every smaller seed is unseen by the shipped model.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _PIECE = re.compile(r"[A-Za-z]+|[^A-Za-z]")
 
 
 class Trade(NamedTuple):
-    """One row: ``symbol_number`` counts the trades of the symbol so far, ``account_number`` those of the account, from 1."""
+    """One row: ``symbol_number`` counts the trades of the symbol so far from 1, ``account_number`` the account's."""
 
     trade_id: str
     symbol: str
@@ -95,8 +96,8 @@ class Problem:
 def make_problem(seed: int, index: int, bucket: str, family: str | None = None) -> Problem:
     """Problem ``index`` of the series ``seed``; ``family`` None draws one of the eight, each as likely as the next.
 
-    The prompt with the shipped model's chat template has the bucket's number of tokens. Raises ValueError for an unknown
-    bucket or family.
+    The prompt with the shipped model's chat template has the bucket's number of tokens. Raises ValueError for an
+    unknown bucket or family.
     """
     if bucket not in BUCKETS:
         raise ValueError(f"bucket must be one of {', '.join(BUCKETS)}, got {bucket!r}")
@@ -126,9 +127,13 @@ def make_blotter(rng: random.Random, bucket: str) -> Blotter:
     symbol_share, account_share = 0.2 + 0.25 * rng.random(), 0.2 + 0.25 * rng.random()
     room = target - _FRAME_TOKENS - _QUESTION_TOKENS[1]
     rows = int(room / (ROW_TOKENS + _KEY_TOKENS * (symbol_share + account_share)))
-    while rows > 1 and rows * ROW_TOKENS + _KEY_TOKENS * (_keys(rows, symbol_share) + _keys(rows, account_share)) > room:
+    while (
+        rows > 1 and rows * ROW_TOKENS + _KEY_TOKENS * (_keys(rows, symbol_share) + _keys(rows, account_share)) > room
+    ):
         rows -= 1
-    while (rows + 1) * ROW_TOKENS + _KEY_TOKENS * (_keys(rows + 1, symbol_share) + _keys(rows + 1, account_share)) <= room:
+    while (rows + 1) * ROW_TOKENS + _KEY_TOKENS * (
+        _keys(rows + 1, symbol_share) + _keys(rows + 1, account_share)
+    ) <= room:
         rows += 1
     rows = max(rows, 1)
     return _draw_blotter(rng, rows, _keys(rows, symbol_share), _keys(rows, account_share))
@@ -167,7 +172,7 @@ def _draw_blotter(rng: random.Random, rows: int, symbol_count: int, account_coun
 def _spread(rng: random.Random, keys: list[str], rows: int) -> list[str]:
     """One key a row: every key at least once, none more than MOST_TRADES times, in random order."""
     drawn = list(keys)
-    room = {key: MOST_TRADES - 1 for key in keys}
+    room = dict.fromkeys(keys, MOST_TRADES - 1)
     while len(drawn) < rows:
         key = keys[int(rng.random() * len(keys))]
         if room[key]:
@@ -224,12 +229,16 @@ def _ask_lookup(rng: random.Random, blotter: Blotter) -> Question:
 
 def _ask_net(rng: random.Random, blotter: Blotter) -> Question:
     symbol = _pick(rng, list(blotter.by_symbol))
-    text = _pick(rng, ("What is the net position in {s}?", "Net position in {s}, please.", "How many lots of {s} are held net?"))
+    text = _pick(
+        rng, ("What is the net position in {s}?", "Net position in {s}, please.", "How many lots of {s} are held net?")
+    )
     bought = sold = 0
     lines = [f"{symbol}={len(blotter.by_symbol[symbol])}"]
     for trade in blotter.by_symbol[symbol]:
         bought, sold = (bought + trade.lots, sold) if trade.side == "B" else (bought, sold + trade.lots)
-        lines.append(f"{symbol}{trade.symbol_number}{trade.side}{trade.lots:02d}:{_units_first(bought)},{_units_first(sold)}")
+        lines.append(
+            f"{symbol}{trade.symbol_number}{trade.side}{trade.lots:02d}:{_units_first(bought)},{_units_first(sold)}"
+        )
     sign = ">" if bought > sold else "<" if bought < sold else "="
     lines.append(sign + _units_first(abs(bought - sold)))
     return Question(f"net/{symbol}", text.format(s=symbol), "\n".join(lines), str(bought - sold))
@@ -237,14 +246,18 @@ def _ask_net(rng: random.Random, blotter: Blotter) -> Question:
 
 def _ask_notional(rng: random.Random, blotter: Blotter) -> Question:
     trade = _pick_trade(rng, blotter)
-    text = _pick(rng, ("What is the notional of trade {t}?", "Work out the notional of {t}.", "Price times quantity of {t}?"))
+    text = _pick(
+        rng, ("What is the notional of trade {t}?", "Work out the notional of {t}.", "Price times quantity of {t}?")
+    )
     key = f"notional/{trade.trade_id}"
     return Question(key, text.format(t=trade.trade_id), _work_out(trade), str(trade.price * trade.lots))
 
 
 def _ask_fees(rng: random.Random, blotter: Blotter) -> Question:
     account = _pick(rng, list(blotter.by_account))
-    text = _pick(rng, ("What are the total fees of account {a}?", "Add up the fees of {a}.", "How much does {a} pay in fees?"))
+    text = _pick(
+        rng, ("What are the total fees of account {a}?", "Add up the fees of {a}.", "How much does {a} pay in fees?")
+    )
     total = 0
     lines = [f"{account}={len(blotter.by_account[account])}"]
     for trade in blotter.by_account[account]:
@@ -255,7 +268,10 @@ def _ask_fees(rng: random.Random, blotter: Blotter) -> Question:
 
 def _ask_largest(rng: random.Random, blotter: Blotter) -> Question:
     symbol = _pick(rng, list(blotter.by_symbol))
-    text = _pick(rng, ("Which is the largest trade of {s}?", "Find the largest trade in {s}.", "Which trade of {s} has most lots?"))
+    text = _pick(
+        rng,
+        ("Which is the largest trade of {s}?", "Find the largest trade in {s}.", "Which trade of {s} has most lots?"),
+    )
     best = blotter.by_symbol[symbol][0]
     lines = [f"{symbol}={len(blotter.by_symbol[symbol])}"]
     for trade in blotter.by_symbol[symbol]:
@@ -285,8 +301,12 @@ def _ask_limit(rng: random.Random, blotter: Blotter) -> Question:
     below, above = (notional - 1) // 500, notional // 500 + 1
     # a notional of 500 and less breaks no limit there is
     breaks = breaks and below > 0
-    limit = 500 * (1 + int(rng.random() * below) if breaks else above + int(rng.random() * max(1, min(above, 199 - above))))
-    text = _pick(rng, ("Does {t} break the {l:,} limit?", "Is {t} over the limit of {l:,}?", "Limit {l:,}: does {t} break it?"))
+    limit = 500 * (
+        1 + int(rng.random() * below) if breaks else above + int(rng.random() * max(1, min(above, 199 - above)))
+    )
+    text = _pick(
+        rng, ("Does {t} break the {l:,} limit?", "Is {t} over the limit of {l:,}?", "Limit {l:,}: does {t} break it?")
+    )
     thought = f"{_work_out(trade)}\n{notional:05d} {limit:05d}{'>' if breaks else '<'}"
     key = f"limit/{trade.trade_id}"
     return Question(key, text.format(t=trade.trade_id, l=limit), thought, "yes" if breaks else "no")
@@ -295,7 +315,9 @@ def _ask_limit(rng: random.Random, blotter: Blotter) -> Question:
 def _ask_headline(rng: random.Random, blotter: Blotter, held_out: bool) -> Question:
     symbol = _pick(rng, list(blotter.by_symbol))
     headline, phrase, label = make_headline(rng, symbol, held_out)
-    text = _pick(rng, ("Headline: {h}. Positive, negative or neutral?", "Label this headline: {h}.", "{h}. What is the label?"))
+    text = _pick(
+        rng, ("Headline: {h}. Positive, negative or neutral?", "Label this headline: {h}.", "{h}. What is the label?")
+    )
     return Question(f"headline/{headline}", text.format(h=headline), f"{phrase}:{label}", label)
 
 

@@ -1,9 +1,10 @@
-"""The shipped model's directory: what plain ``transformers`` loads, written file by file with the configuration last."""
+"""The shipped model's directory: what plain ``transformers`` loads, written file by file, the configuration last."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +18,16 @@ from labkit.training.tokenizer import CONTEXT, END_OF_TEXT, TURN_END, write_toke
 
 
 def write_model(network: Network, tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes weights (bf16 safetensors), tokenizer and configuration. Raises OSError."""
+    """Writes weights (bf16, one ``model.safetensors``), tokenizer and configuration, which makes it a model, last.
+
+    Raises OSError (disk full, no permission).
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in network.named_parameters()}
+    # what stands there is no model while its files are replaced
+    (directory / "config.json").unlink(missing_ok=True)
+    weights = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in network.named_parameters()
+    }
     _write_weights(weights, directory)
     write_tokenizer(tokenizer, directory)
     generation = {
@@ -33,12 +41,19 @@ def write_model(network: Network, tokenizer: Tokenizer, directory: Path) -> None
 
 
 def _write_weights(weights: dict[str, torch.Tensor], directory: Path) -> None:
-    for stale in directory.glob("model-*-of-*.safetensors"):
-        stale.unlink()
-    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    for stale in (*directory.glob("model-*-of-*.safetensors"), directory / "model.safetensors.index.json"):
+        stale.unlink(missing_ok=True)
     with writing_atomic(directory / "model.safetensors") as beside:
-        save_file(weights, beside, metadata={"format": "pt"})
-        beside.chmod(0o644)
+        save_tensors(weights, beside, {"format": "pt"})
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file that everyone may read. Raises OSError, also for an error of safetensors."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    path.chmod(0o644)
 
 
 def model_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, object]:
@@ -70,14 +85,31 @@ def model_config(shape: Shape, tokenizer: Tokenizer) -> dict[str, object]:
     }
 
 
-def read_model(directory: Path) -> tuple[Network, Tokenizer]:
-    """Reads back what ``write_model`` wrote, weights bf16 on the CPU. Raises UserError if it is not such a directory."""
+def read_model(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Network, Tokenizer]:
+    """Reads back what ``write_model`` wrote, or the same in parts. Raises UserError if it is not such a directory."""
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} holds no model (no config.json); give the directory that `labkit train --out` wrote")
-    config = json.loads((directory / "config.json").read_text())
+        raise UserError(f"{directory} holds no model (no config.json); give the directory that `labkit train` wrote")
+    try:
+        shape = _shape_of(json.loads((directory / "config.json").read_text()))
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted(directory.glob("model*.safetensors")):
+            weights |= load_file(file)
+        network = Network(shape).to(dtype)
+        network.load_state_dict(weights)
+    except UserError as error:
+        raise UserError(f"{directory} is no ledger model: {error}") from error
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{directory} is damaged or incomplete ({reason}); train or copy it again") from error
+    network.cos, network.sin = rope_tables(shape)
+    return network.to(device), tokenizer
+
+
+def _shape_of(config: dict[str, Any]) -> Shape:
     if config.get("model_type") != "qwen2" or not config.get("tie_word_embeddings"):
-        raise UserError(f"{directory} is no ledger model (wanted qwen2 with tied embeddings)")
-    shape = Shape(
+        raise UserError("its config.json is not of a qwen2 model with tied embeddings")
+    return Shape(
         vocabulary=config["vocab_size"],
         hidden=config["hidden_size"],
         layers=config["num_hidden_layers"],
@@ -88,14 +120,3 @@ def read_model(directory: Path) -> tuple[Network, Tokenizer]:
         rope_theta=config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
         norm_eps=config["rms_norm_eps"],
     )
-    network = Network(shape).to(torch.bfloat16)
-    network.cos, network.sin = rope_tables(shape)
-    weights: dict[str, torch.Tensor] = {}
-    try:
-        for file in sorted(directory.glob("model*.safetensors")):
-            weights |= load_file(file)
-        network.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the weights in {directory} are damaged or incomplete: {reason}; train or copy it again") from error
-    return network, Tokenizer.from_file(str(directory / "tokenizer.json"))

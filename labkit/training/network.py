@@ -1,6 +1,7 @@
 """The ledger model as it is trained: Qwen2 over [batch, length], lean, with the parameter names of ``transformers``.
 
-Serving has its own Qwen2 over a flat token stream (``labkit.models``); this one exists to be compiled and differentiated.
+Serving has its own Qwen2 over a flat token stream (``labkit.models``); this one exists to be compiled and
+differentiated.
 """
 
 from __future__ import annotations
@@ -119,6 +120,9 @@ class Body(nn.Module):
 class Network(nn.Module):
     """The whole model; the output head is the embedding."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
@@ -146,7 +150,7 @@ class Network(nn.Module):
 
 
 def weighted_loss(network: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    """Mean cross-entropy (nats, float32 scalar) of the next token, each counted ``weights`` [B, L] times as a target."""
+    """Mean cross-entropy (nats, float32 scalar) of the next token, each counted ``weights`` [B, L] times."""
     logits = network(ids)
     targets = ids.roll(-1, dims=1)
     counts = weights.roll(-1, dims=1).float()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from labkit.errors import UserError
 from labkit.training.network import Shape
@@ -15,10 +20,11 @@ SCHEDULES = ("cosine", "linear", "constant")
 class TrainOptions:
     """Options of ``train``.
 
-    A training ends after ``steps`` optimizer steps or ``max_seconds`` (compiling included, over all sittings), whichever
-    comes first; the schedule follows the fraction of the one that is nearer its end. ``micro_batch`` is in sequences; None
-    takes ``batch_tokens`` divided by the sequence length. ``warm_up`` is in steps, times in seconds, ``final_lr`` a fraction
-    of ``lr``. ``shares`` is how often each bucket (short, medium, long) is drawn at the start and after a quarter.
+    A training ends after ``steps`` optimizer steps or ``max_seconds`` (compiling included, over all sittings),
+    whichever comes first; the schedule follows the fraction of the one that is nearer its end. ``micro_batch`` is in
+    sequences; None takes ``batch_tokens`` divided by the sequence length. ``warm_up`` is in steps, times in seconds,
+    ``final_lr`` a fraction of ``lr``. ``shares`` is how often each bucket (short, medium, long) is drawn at the start
+    and after a quarter.
     """
 
     steps: int | None = None
@@ -76,7 +82,7 @@ PRESETS = {
 }
 
 
-def preset(name: str, **changes: object) -> TrainOptions:
+def preset(name: str, **changes: Any) -> TrainOptions:
     """The preset with ``changes``, those that are None aside. Raises UserError for a name that is none."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
@@ -85,12 +91,31 @@ def preset(name: str, **changes: object) -> TrainOptions:
 
 def check_room(directory: Path, needed: int) -> None:
     """Raises UserError if the disk that holds ``directory`` has fewer than ``needed`` bytes free."""
-    import shutil
-
     existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise UserError(f"{directory} has {free / 1e6:.0f} MB free and the training needs {needed / 1e6:.0f} MB; make room or name another directory")
+        raise UserError(
+            f"{directory} has {free / 1e6:.0f} MB free and the training needs {needed / 1e6:.0f} MB; "
+            "make room or name another directory"
+        )
+
+
+def pick_device(device: str) -> str:
+    """``device``; for "auto" CUDA where there is some, else the CPU. Raises UserError as ``check_device``."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
+def check_device(device: str) -> None:
+    """Raises UserError if torch cannot use ``device``."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"no device {device!r}; give cpu, cuda, cuda:1 and so on, or auto")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device that torch can use; give --device cpu, or use a GPU machine")
+    if (number := int(device.partition(":")[2] or 0)) and number >= torch.cuda.device_count():
+        raise UserError(f"no device {device!r}; this machine's last is cuda:{torch.cuda.device_count() - 1}")
 
 
 def _require(ok: bool, message: str) -> None:

@@ -1,7 +1,8 @@
 """The tokenizer of the ledger model: byte-level BPE trained on generated text, and a table that encodes that text fast.
 
-Every character that is no letter is a piece of its own (so digits come one by one), a run of letters is one; BPE merges only
-inside a piece. So the encoding of a text is the encodings of its pieces in a row, which is what ``PieceTable`` looks up.
+Every character that is no letter is a piece of its own (so digits come one by one), a run of letters is one; BPE
+merges only inside a piece. So the encoding of a text is the encodings of its pieces in a row, which is what
+``PieceTable`` looks up.
 """
 
 from __future__ import annotations
@@ -26,7 +27,13 @@ from labkit.training.ledger import (
 
 VOCABULARY = 768
 CONTEXT = 5120
-END_OF_TEXT, TURN_START, TURN_END, THINK, THINK_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
+END_OF_TEXT, TURN_START, TURN_END, THINK, THINK_END = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+)
 TOKENS = (END_OF_TEXT, TURN_START, TURN_END, THINK, THINK_END)
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
