@@ -73,6 +73,23 @@ def check(rungs: Sequence[Rung]) -> None:
         raise ValueError("rungs need names of their own")
 
 
+def choose(rungs: Sequence[Rung], names: Sequence[str]) -> list[Rung]:
+    """The rungs of those names, in the order of the ladder; all of them for no names.
+
+    A rung whose neighbours below were left out turns their knobs too, and says so in ``knob``, separated by commas.
+    Raises ValueError for a name that is no rung.
+    """
+    known = [rung.name for rung in rungs]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no such rung: {', '.join(unknown)}; the ladder has {', '.join(known)}")
+    chosen = [rung for rung in rungs if rung.name in names] if names else list(rungs)
+    first = [replace(rung, knob="") for rung in chosen[:1]]
+    return first + [
+        replace(after, knob=", ".join(before.deployment.differs_in(after.deployment)))
+        for before, after in zip(chosen, chosen[1:], strict=False)
+    ]
+
+
 def run_key(deployment: Deployment, workload: Workload, repeat: int, code: dict[str, Any]) -> str:
     """What makes a finished run stand for one that is to be made: deployment, workload, repeat, code and machine."""
     parts = [deployment.to_json(), workload.to_json(), repeat, code, machine()]

@@ -24,6 +24,8 @@ from labkit.files import write_atomic, writing_atomic
 
 SCHEMA = 1
 UNFINISHED = ".unfinished-"
+RUNS_VARIABLE = "LABKIT_RUNS"
+RUNS = Path(__file__).resolve().parent.parent.parent / "runs"
 FILES = ("manifest.json", "events.parquet", "samples.parquet")
 EVENT_COLUMNS = {"request", "kind", "t_s", "tokens", "prompt_tokens", "bucket", "family", "detail", "correct"}
 SAMPLE_COLUMNS = {"t_s", "probe", "name", "value"}
@@ -76,6 +78,11 @@ class Unfinished:
         return (
             f"{self.path} was cut off after {self.ended} ended requests and is not used (to remove: rm -r {self.path})"
         )
+
+
+def default_store() -> RunStore:
+    """The store of this checkout, whatever directory one works in; LABKIT_RUNS names another."""
+    return RunStore(os.environ.get(RUNS_VARIABLE) or RUNS)
 
 
 class RunStore:

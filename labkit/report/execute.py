@@ -22,6 +22,7 @@ import nbformat
 
 from labkit.errors import UserError
 from labkit.experiments.claims import VERDICTS_VARIABLE, read_verdicts
+from labkit.experiments.store import RUNS_VARIABLE
 from labkit.report import processes
 from labkit.report.environment import environment
 from labkit.report.profiles import PROFILE_VARIABLE, Profile
@@ -181,6 +182,7 @@ def _watch(
         processes.TOKEN_VARIABLE: token,
         VERDICTS_VARIABLE: str(shelf.partial_verdicts(name)),
         PROFILE_VARIABLE: profile.name,
+        RUNS_VARIABLE: str(shelf.root),
         # The figure as data: a page draws it with the one shared script.
         "PLOTLY_RENDERER": "plotly_mimetype",
     }

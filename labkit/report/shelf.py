@@ -56,6 +56,11 @@ class Shelf:
     def of(cls, root: Path, profile: str) -> Shelf:
         return cls(root / "notebooks" / profile)
 
+    @property
+    def root(self) -> Path:
+        """Where runs are kept."""
+        return self.folder.parent.parent
+
     def notebook(self, name: str) -> Path:
         return self.folder / f"{name}.ipynb"
 

@@ -6,7 +6,7 @@ import pytest
 
 from labkit.deployment import Deployment
 from labkit.experiments import ladder as module
-from labkit.experiments.ladder import Rung, check, ladder, run_key, runs_by_rung, walk
+from labkit.experiments.ladder import Rung, check, choose, ladder, run_key, runs_by_rung, walk
 from labkit.experiments.store import RunStore
 from labkit.traffic.events import events_table
 from labkit.traffic.workload import Workload
@@ -43,6 +43,16 @@ def test_a_ladder_that_turns_two_knobs_is_refused():
         check([first, Rung("b", Deployment(), "", "max_batch")])
     with pytest.raises(ValueError, match="names"):
         check([first, Rung("a", Deployment(max_batch=2), "", "max_batch")])
+
+
+def test_chosen_rungs_name_every_knob_between_them():
+    rungs = ladder("some/model")
+    ends = choose(rungs, ["larger batches", "as first deployed", "own engine"])
+    assert [rung.name for rung in ends] == ["as first deployed", "own engine", "larger batches"]
+    assert [rung.knob for rung in ends] == ["", "engine, attention", "batching, max_batch, chunked_prefill"]
+    assert choose(rungs, []) == rungs
+    with pytest.raises(ValueError, match="no such rung: fast; the ladder has as first deployed"):
+        choose(rungs, ["fast"])
 
 
 @pytest.fixture
