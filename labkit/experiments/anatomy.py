@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pandas as pd
+from transformers.utils import logging
 
 from labkit.deployment import Deployment
 from labkit.engine import build_core
@@ -139,6 +140,7 @@ def first_prompts(workload: Workload, model: str, count: int) -> list[list[int]]
 def profile_batch(deployment: Deployment, prompts: Sequence[list[int]], max_tokens: int = 64) -> pd.DataFrame:
     """Loads the deployment's model into this process, answers the prompts in one batch, and says which operators took
     the time (``labkit.probes.profiler.operators``)."""
+    logging.disable_progress_bar()
     core = build_core(deployment)
     core.add(-1, [0], SamplingParams(max_tokens=2))
     while core.has_work():

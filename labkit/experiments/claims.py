@@ -222,6 +222,7 @@ def judge_facts(
         f"{name}: {'not observable here' if held is None else 'yes' if held else 'no'}" for name, held in facts.items()
     ]
     reason = "; ".join(said) + "."
+    reason = reason[:1].upper() + reason[1:]
     observed = [held for held in facts.values() if held is not None]
     if invalid:
         return Verdict(claim_id, "no verdict", invalid, tuple(evidence))

@@ -67,7 +67,7 @@ def judge_service_level(runs: Sequence[Run]) -> Verdict:
     if shown.verdict == "within" and gpu and most >= USERS and lasted >= FOUR_HOURS_S:
         return Verdict("C01", "confirmed", f"{_sentence(said)}, for {lasted / 3600:.1f} hours.", (p95,))
     lacks = [] if gpu else ["this machine has no GPU"]
-    lacks += [] if most >= USERS else [f"at most {most} users were sent"]
+    lacks += [] if most >= USERS else [f"there were at most {most} users"]
     lacks += [] if lasted >= FOUR_HOURS_S else [f"the traffic lasted {lasted / 60:.1f} minutes and not 4 hours"]
     needs = f"a GPU, {USERS} users, and a soak of 4 hours"
     verdict = not_testable("C01", f"{_sentence(', '.join(lacks))}. {_sentence(said)}", needs)
@@ -79,12 +79,15 @@ def judge_collapse(runs: Sequence[Run]) -> Verdict:
     most = [run for run in runs if users_of(run) == max(map(users_of, runs))]
     gpu = bool(runs[0].manifest["machine"].get("gpus"))
     waiting, cpu = mean_sample(most, "engine", "waiting"), mean_sample(most, "host", "cpu")
+    queues = np.concatenate([inside(run, "engine", "waiting") for run in most])
     died = any(run.manifest.get("server", {}).get("died") for run in runs)
     lasted = max(run.window[1] - run.window[0] for run in runs)
     said = " ".join(" ".join(run.manifest.get("server", {}).get("last_lines", [])) for run in runs).lower()
     failures = any((run.requests["failure"] == "5xx").any() for run in runs)
     facts: dict[str, bool | None] = {
-        "requests pile up before the batch": None if math.isnan(waiting.value) else waiting.low > 1,
+        "requests pile up (somebody waits for a batch most of the time)": (
+            bool((queues > 0).mean() > 0.5) if len(queues) else None
+        ),
         "the CPU is at 98 %": None if math.isnan(cpu.value) else cpu.high >= 98,
         "the GPU runs out of memory (needs a GPU)": ("out of memory" in said or failures) if gpu else None,
         "the service goes down": died,
@@ -106,8 +109,8 @@ def judge_mix(runs: Sequence[Run]) -> Verdict:
     for name, low, high, claimed in MIX:
         hits = int(((lengths >= low) & (lengths <= high)).sum())
         found = share(hits, len(lengths))
-        shown.append(Evidence.of(f"{name} prompts sent, claimed {claimed:.0%}", found))
-        facts[f"{name} prompts are {claimed:.0%} of what is sent here"] = found.low <= claimed <= found.high
+        shown.append(Evidence.of(f"{name} prompts sent, claimed {claimed * 100:.0f} %", found))
+        facts[f"{name} prompts are {claimed * 100:.0f} % of what is sent here"] = found.low <= claimed <= found.high
     facts["the bank's users send this mix (needs the bank's log)"] = None
     return judge_facts("C03", facts, shown)
 

@@ -49,9 +49,13 @@ def operators(call: Callable[[], object]) -> pd.DataFrame:
     return table.sort_values("self_s", ascending=False, ignore_index=True)
 
 
-def by_group(table: pd.DataFrame) -> pd.DataFrame:
-    """The operators of ``operators`` summed by kind, the dearest first: group, calls, self_s, share."""
-    sums = table.groupby("group", sort=False)[["calls", "self_s", "share"]].sum()
+def by_group(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:
+    """The operators of ``operators`` summed by kind, the dearest first: group, calls, self_s, share.
+
+    Kinds with less than the share ``least`` count as "other".
+    """
+    kinds = table["group"].where(table.groupby("group")["share"].transform("sum") >= least, OTHER)
+    sums = table.groupby(kinds, sort=False)[["calls", "self_s", "share"]].sum()
     return sums.sort_values("self_s", ascending=False).reset_index()
 
 

@@ -45,7 +45,8 @@ def latency_by_users(
         figure.add_hline(y=limit_s, line_dash="dot", line_color=GREY)
         # On a logarithmic axis an annotation, unlike a shape, is placed by the logarithm.
         limit = {"text": f"limit {quantity(limit_s, 's')}", "yanchor": "bottom", "font_color": GREY}
-        figure.add_annotation(x=0, xref="paper", y=math.log10(limit_s), **limit, **STATIC)
+        # At the right end: latencies under the limit are found on the left, where the users are few.
+        figure.add_annotation(x=1, xref="paper", y=math.log10(limit_s), **limit, **{**STATIC, "xanchor": "right"})
     figure.update_xaxes(title="concurrent users", type="log", tickvals=sorted(table["users"].unique()), tickformat="d")
     figure.update_yaxes(title=f"{measure} (s)", type="log", tickvals=_ticks(), tickformat="~g")
     return _styled(figure, title, note)

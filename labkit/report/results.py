@@ -40,6 +40,20 @@ def throughput_of(run: Run) -> Estimate:
     return metrics.throughput(run.requests, run.window)
 
 
+def many(users: int) -> str:
+    """ "1 user", "8 users": with a space that keeps it on one line."""
+    return f"{users}\u00a0user{'s' if users > 1 else ''}"
+
+
+def prediction_table(prediction: pd.DataFrame) -> Table:
+    """The prediction of ``anatomy.predicted``."""
+    rows = [
+        (many(int(users)), quantity(float(rate), "requests/s"), quantity(float(latency), "s"))
+        for users, rate, latency in prediction[["users", "throughput", "latency_s"]].to_numpy()
+    ]
+    return Table(("", "predicted throughput", "predicted mean latency"), tuple(rows))
+
+
 def machine_of(runs: Sequence[Run]) -> str:
     """The caption of what was measured: machine and day of the runs."""
     days = sorted({str(run.manifest["started_at"])[:10] for run in runs})
@@ -53,7 +67,7 @@ def users_table(runs: Sequence[Run]) -> Table:
     for users, group in group_by_users(runs).items():
         table, window = pooled(group)
         rows.append((
-            f"{users} user{'s' if users > 1 else ''}", str(len(table)),
+            many(users), str(len(table)),
             interval(metrics.latency(table, window, 50)),
             interval(metrics.latency(table, window, 95)), interval(metrics.latency(table, window, 95, "sent")),
             interval(metrics.ttft(table, window, 50)), interval(metrics.throughput(table, window)),
@@ -74,7 +88,7 @@ def failures_table(runs: Sequence[Run]) -> Table:
             shown.verdict, f"no ({shown.needed} needed)"
         )
         rows.append((
-            f"{users} user{'s' if users > 1 else ''}", str(len(table)), interval(metrics.error_rate(table, window)),
+            many(users), str(len(table)), interval(metrics.error_rate(table, window)),
             *(interval(metrics.error_rate(table, window, kind)) for kind in kinds), interval(slow_as_failed(group)),
             interval(_missed(table, window, LIMIT_S)), needed,
         ))  # fmt: skip
@@ -88,7 +102,7 @@ def time_parts(runs: Sequence[Run]) -> pd.DataFrame:
     rows = []
     for users, group in group_by_users(runs).items():
         parts = pd.DataFrame([waiting_and_work(run) for run in group]).mean()
-        label = f"{users} user{'s' if users > 1 else ''}"
+        label = many(users)
         rows += [(label, part, float(seconds)) for part, seconds in parts.items()]
     return pd.DataFrame(rows, columns=["deployment", "part", "seconds"])
 
@@ -126,7 +140,7 @@ def padding_table(runs: Sequence[Run]) -> Table:
         table = pd.concat([batches(run) for run in group])
         asked, computed = float(table["asked"].sum()), float(table["computed"].sum())
         rows.append((
-            f"{users} user{'s' if users > 1 else ''}", str(len(table)), digits(float(table["requests"].mean())),
+            many(users), str(len(table)), digits(float(table["requests"].mean())),
             digits(float(table["requests"].max())), digits(asked), digits(computed),
             quantity(computed / asked, "×"), quantity(1 - asked / computed, "share"),
         ))  # fmt: skip

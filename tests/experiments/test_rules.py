@@ -74,7 +74,7 @@ def test_the_collapse_is_partly_seen_without_a_gpu():
     samples = readings("engine", "waiting", [6] * 50) + readings("host", "cpu", [99.5] * 50)
     verdict = rules.judge_collapse([traffic(2.0, samples=samples)])
     assert verdict.outcome == "partly"
-    assert "pile up before the batch: yes" in verdict.reason and "98 %: yes" in verdict.reason
+    assert "most of the time): yes" in verdict.reason and "98 %: yes" in verdict.reason
     assert "memory (needs a GPU): not observable here" in verdict.reason and "goes down: no" in verdict.reason
     assert "minute 27" in verdict.reason
     assert [item.value for item in verdict.evidence] == pytest.approx([6.0, 99.5])
@@ -93,7 +93,7 @@ def test_the_mix_is_counted_by_length(shares, word):
     lengths = [100] * shares[0] + [1000] * shares[1] + [3000] * shares[2]
     records = [record(i, float(i), i + 0.5, prompt=length) for i, length in enumerate(lengths * 5)]
     verdict = rules.judge_mix([made_run(records, (0.0, 101.0))])
-    assert f"short prompts are 60% of what is sent here: {word}" in verdict.reason
+    assert f"Short prompts are 60 % of what is sent here: {word}" in verdict.reason
     assert verdict.outcome == ("partly" if word == "yes" else "refuted")
 
 

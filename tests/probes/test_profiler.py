@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 
@@ -22,15 +23,26 @@ def test_a_call_is_taken_apart_into_its_operators():
     assert (calls["bmm"], calls["mm"], calls["_softmax"]) == (3, 2, 3)
     assert table["share"].sum() == pytest.approx(1) and (table["self_s"] >= 0).all()
     assert table["self_s"].is_monotonic_decreasing
-    groups = by_group(table)
+    groups = by_group(table, least=0.0)
     assert groups["share"].sum() == pytest.approx(1)
     assert groups.set_index("group")["calls"]["attention products"] == 3
     assert set(groups["group"]) >= {"attention products", "softmax", "linear layers"}
 
 
+def test_kinds_too_small_to_see_count_as_other():
+    table = pd.DataFrame(
+        {"group": ["softmax", "copies", "other"], "calls": [1, 2, 3], "self_s": [9.9, 0.05, 0.05],
+         "share": [0.99, 0.005, 0.005]}
+    )  # fmt: skip
+    groups = by_group(table)
+    assert groups["group"].tolist() == ["softmax", "other"] and groups["calls"].tolist() == [1, 5]
+    assert by_group(table, least=0.0)["group"].tolist() == ["softmax", "copies", "other"]
+
+
 def test_the_larger_product_takes_the_larger_share():
     small, large = torch.randn(16, 16), torch.randn(4, 512, 512)
-    groups = by_group(operators(lambda: (torch.mm(small, small), torch.bmm(large, large)))).set_index("group")
+    found = operators(lambda: (torch.mm(small, small), torch.bmm(large, large)))
+    groups = by_group(found, least=0.0).set_index("group")
     assert groups["share"]["attention products"] > groups["share"]["linear layers"]
 
 
