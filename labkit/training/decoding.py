@@ -16,8 +16,8 @@ from labkit.training.network import Layer, Network, rotate
 def greedy(network: Network, prompts: list[list[int]], stop: int, most: int) -> list[list[int]]:
     """Completions of ``prompts``, each ending with ``stop`` or after ``most`` tokens.
 
-    Device and dtype are the network's. Raises ValueError if there is no prompt, or one is empty or, with ``most``, longer
-    than the context.
+    Device and dtype are the network's. Raises ValueError if there is no prompt, or one is empty or, with ``most``,
+    longer than the context.
     """
     device = next(network.parameters()).device
     lengths = torch.tensor([len(prompt) for prompt in prompts])
