@@ -263,8 +263,18 @@ def report(
     runs: Annotated[Path, typer.Option(help="Directory that `labkit run` filled.")] = Path("runs"),
     site: Annotated[Path, typer.Option(help="Directory for the site; what is in it is replaced.")] = Path("site"),
     show: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="Instead, draw the newest walk of the ladder into this SVG file.")
+    ] = None,
 ) -> None:
     """Build the offline site from the executed notebooks."""
+    if figure is not None:
+        from labkit.experiments.store import RunStore
+        from labkit.report.first_result import write_first_result
+
+        write_first_result(RunStore(runs), figure)
+        print(f"drawn: {figure}")
+        return
     from labkit.report.site import build
 
     index = build(runs, site)

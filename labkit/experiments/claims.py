@@ -221,8 +221,7 @@ def judge_facts(
     said = [
         f"{name}: {'not observable here' if held is None else 'yes' if held else 'no'}" for name, held in facts.items()
     ]
-    reason = "; ".join(said) + "."
-    reason = reason[:1].upper() + reason[1:]
+    reason = _sentence("; ".join(said))
     observed = [held for held in facts.values() if held is not None]
     if invalid:
         return Verdict(claim_id, "no verdict", invalid, tuple(evidence))
@@ -270,7 +269,7 @@ def judge_table(users: int = USERS, timeout_s: float = TIMEOUT_S) -> Verdict:
         f"the P95 of {cast(float, p95.before) / 1e3:.2f} s all but reached by the average request"
     )
     outcome: Outcome = "confirmed" if consistent and all(agreeing) else "refuted" if not consistent else "partly"
-    return Verdict("C39", outcome, "; ".join(lines) + ".", tuple(evidence))
+    return Verdict("C39", outcome, _sentence("; ".join(lines)), tuple(evidence))
 
 
 def record(verdict: Verdict, path: Path | str | None = None) -> Path | None:
@@ -321,6 +320,10 @@ def _improvement_agrees(row: Claim) -> bool:
     before, after, stated = cast(float, row.before), cast(float, row.after), cast(float, row.stated)
     # The article rounds 359 % to 360 %.
     return abs(abs(after - before) / before * 100 - stated) <= max(0.1, 0.005 * stated)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _divide(top: float, bottom: float) -> float:

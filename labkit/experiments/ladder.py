@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,12 @@ def ladder(model: str = SHIPPED_MODEL, device: str = "cpu", **knobs: Any) -> lis
             "continuous",
             "requests join and leave at every step; nobody waits for the longest",
         ),
-        ("chunked prefill", "chunked_prefill", True, "a long prompt no longer stops everybody else's tokens"),
+        (
+            "continuous + chunked prefill",
+            "chunked_prefill",
+            True,
+            "a long prompt no longer stops everybody else's tokens",
+        ),
         ("larger batches", "max_batch", 256, "the batch is bounded by memory and not by a constant"),
     ]
     if device == "cuda":
@@ -76,18 +82,23 @@ def check(rungs: Sequence[Rung]) -> None:
 def choose(rungs: Sequence[Rung], names: Sequence[str]) -> list[Rung]:
     """The rungs of those names, in the order of the ladder; all of them for no names.
 
-    A rung whose neighbours below were left out turns their knobs too, and says so in ``knob``, separated by commas.
+    A rung whose neighbours below were left out turns their knobs too (``knob`` names all, separated by commas) and has
+    their reasons too, unless a later one turned the same knob again.
     Raises ValueError for a name that is no rung.
     """
     known = [rung.name for rung in rungs]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no such rung: {', '.join(unknown)}; the ladder has {', '.join(known)}")
     chosen = [rung for rung in rungs if rung.name in names] if names else list(rungs)
-    first = [replace(rung, knob="") for rung in chosen[:1]]
-    return first + [
-        replace(after, knob=", ".join(before.deployment.differs_in(after.deployment)))
-        for before, after in zip(chosen, chosen[1:], strict=False)
-    ]
+    found = [replace(rung, knob="") for rung in chosen[:1]]
+    for before, after in zip(chosen, chosen[1:], strict=False):
+        between = rungs[known.index(before.name) + 1 : known.index(after.name) + 1]
+        last = {rung.knob: rung.why for rung in between}
+        turned = list(before.deployment.differs_in(after.deployment))
+        found.append(
+            replace(after, knob=", ".join(turned), why="; ".join(last[knob] for knob in last if knob in turned))
+        )
+    return found
 
 
 def run_key(deployment: Deployment, workload: Workload, repeat: int, code: dict[str, Any]) -> str:
@@ -162,4 +173,4 @@ def _time_left(names: Sequence[str], took: dict[str, float]) -> str:
 
 
 def _file_name(name: str) -> str:
-    return name.replace(" ", "-")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -14,6 +15,7 @@ from labkit.experiments import metrics
 from labkit.experiments.anatomy import batches, group_by_users, pooled, users_of, waiting_and_work
 from labkit.experiments.claims import (
     TIMEOUT_S,
+    USERS,
     VERDICTS_VARIABLE,
     Verdict,
     judge_change,
@@ -200,7 +202,7 @@ def alike(comparison: Comparison) -> str:
 def interval_at(estimate: Estimate) -> str:
     """``interval`` of a ratio with the confidence it attains."""
     unit = Estimate(estimate.value, estimate.low, estimate.high, estimate.n, "×", estimate.confidence)
-    return f"{interval(unit)} at {estimate.confidence:.0%}" if math.isfinite(estimate.value) else "–"
+    return f"{interval(unit)} at {estimate.confidence * 100:.0f} %" if math.isfinite(estimate.value) else "–"
 
 
 def article_changes(runs: Sequence[Run]) -> list[Change]:
@@ -217,15 +219,18 @@ def article_changes(runs: Sequence[Run]) -> list[Change]:
         Change("P95 latency", *pair(lambda t, w: metrics.latency(t, w, 95)), claim="C34"),
         Change("throughput", *pair(metrics.throughput), claim="C35"),
         Change(f"failed, or slower than {TIMEOUT_S:g} s", slow_as_failed(first), slow_as_failed(last), claim="C36"),
-        Change("GPU utilisation, mean", gpu[0], gpu[1], claim="C37"),
+        Change("mean GPU utilisation", gpu[0], gpu[1], claim="C37"),
         Change("time to first token, P50", *pair(lambda t, w: metrics.ttft(t, w, 50)), claim="C38"),
         Change("failed", *pair(metrics.error_rate)),
-        Change("CPU utilisation, mean", cpu[0], cpu[1], better="higher"),
+        Change("mean CPU utilisation", cpu[0], cpu[1], gain=NONE),
     ]
 
 
 def judge_changes(changes: Sequence[Change], runs: Sequence[Run]) -> list[Verdict]:
-    """Verdicts of the changes that the article claims: none where runs are invalid or the answers differ."""
+    """Verdicts of the changes that the article claims.
+
+    None where runs are invalid or the answers differ; "partly" at best without a GPU or with fewer users than 300.
+    """
     groups = list(runs_by_rung(runs).values())
     whole = compare(groups[0], groups[-1], throughput_of)
     spoilt = invalid(runs) or ("" if whole.fair else f"The answers are not the same: {alike(whole)}.")
@@ -240,7 +245,8 @@ def judge_changes(changes: Sequence[Change], runs: Sequence[Run]) -> list[Verdic
             lacks = f"{change.name}: none of {change.before.n} requests before, so there was nothing to improve"
             verdicts.append(not_testable(change.claim, lacks, "more users than the first rung can bear"))
         else:
-            verdicts.append(judge_change(change.claim, change.before, change.after, spoilt or None))
+            found = judge_change(change.claim, change.before, change.after, spoilt or None)
+            verdicts.append(_as_far_as_tested(found, runs))
     return verdicts
 
 
@@ -284,9 +290,9 @@ def results_takeaway(comparison: Comparison, runs: Sequence[Run]) -> str:
         else f"not the same answers ({alike(comparison)})"
     )
     return (
-        f"On this machine, with this model and {users_line(runs)}: *{last}* serves **{digits(ratio.value)} times** as "
-        f"many requests per second as the service {first} (interval {digits(ratio.low)} to {digits(ratio.high)} at "
-        f"{ratio.confidence:.0%} confidence), with {same}. P95 latency went from {quantity(latency[0], 's')} to "
+        f"On this machine, with this model ({users_line(runs)}), *{last}* serves **{digits(ratio.value)} times** "
+        f"as many requests per second as the service {first} (interval {digits(ratio.low)} to {digits(ratio.high)} at "
+        f"{ratio.confidence * 100:.0f} % confidence), with {same}. P95 latency went from {quantity(latency[0], 's')} to "
         f"{quantity(latency[1], 's')}, the first word from {quantity(words[0], 's')} to {quantity(words[1], 's')}. "
         f"The largest step was *{largest}*."
     )
@@ -332,7 +338,14 @@ def claims_table(found: Mapping[str, tuple[str, Verdict]]) -> Table:
     rows = []
     for name, stated in load_claims().items():
         where, verdict = found.get(name, ("–", None))
-        rows.append((name, stated.text, verdict.outcome if verdict else "no verdict yet", where))
+        rows.append(
+            (
+                name,
+                stated.text,
+                verdict.outcome.replace(" ", "\u00a0") if verdict else "no\u00a0verdict\u00a0yet",
+                where,
+            )
+        )
     return Table(("claim", "what the article says", "verdict", "notebook"), tuple(rows), numbers=False)
 
 
@@ -349,6 +362,15 @@ def users_line(runs: Sequence[Run]) -> str:
 def _missed(table: pd.DataFrame, window: Window, limit_s: float) -> Estimate:
     kept = metrics.attainment(table, window, SLO(latency_s=limit_s))
     return Estimate(1 - kept.value, 1 - kept.high, 1 - kept.low, kept.n, "share")
+
+
+def _as_far_as_tested(verdict: Verdict, runs: Sequence[Run]) -> Verdict:
+    users, gpu = max(map(users_of, runs)), bool(runs[0].manifest["machine"].get("gpus"))
+    if verdict.outcome != "confirmed" or (gpu and users >= USERS):
+        return verdict
+    under = f"{users} users on a machine with{'' if gpu else 'out'} a GPU, not {USERS} users on one"
+    reason = f"{verdict.reason} The gain is reached, but under {under}; the article's own values were not tested."
+    return replace(verdict, outcome="partly", reason=reason)
 
 
 def _present(found: Estimate) -> Estimate:

@@ -145,7 +145,7 @@ def test_a_level_may_be_ten_per_cent_off(low: float, high: float, outcome: str) 
 def test_facts(facts: tuple[bool | None, bool | None], outcome: str) -> None:
     verdict = claims.judge_facts("C06", {"utilisation falls to zero": facts[0], "utilisation reaches 100 %": facts[1]})
     assert verdict.outcome == outcome
-    assert "utilisation falls to zero" in verdict.reason
+    assert "Utilisation falls to zero" in verdict.reason
 
 
 def test_not_testable_says_what_is_missing_and_what_it_would_take() -> None:

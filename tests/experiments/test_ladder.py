@@ -50,6 +50,9 @@ def test_chosen_rungs_name_every_knob_between_them():
     ends = choose(rungs, ["larger batches", "as first deployed", "own engine"])
     assert [rung.name for rung in ends] == ["as first deployed", "own engine", "larger batches"]
     assert [rung.knob for rung in ends] == ["", "engine, attention", "batching, max_batch, chunked_prefill"]
+    by_name = {rung.name: rung.why for rung in rungs}
+    assert ends[1].why == f"{by_name['fused attention']}; {by_name['own engine']}"
+    assert by_name["dynamic window"] not in ends[2].why and by_name["continuous batching"] in ends[2].why
     assert choose(rungs, []) == rungs
     with pytest.raises(ValueError, match="no such rung: fast; the ladder has as first deployed"):
         choose(rungs, ["fast"])
