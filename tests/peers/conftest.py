@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from labkit.traffic.client import Record, Target, _Exchange
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 180
@@ -56,6 +61,74 @@ def output_of() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+class Tap:
+    """Passes bytes between a client of others and a server, and times each answer on the way with our client's reader.
+
+    ``records`` holds our record of every chat request, so that two clocks can be compared on the very same answers.
+    """
+
+    def __init__(self, server: str) -> None:
+        self._server = Target.parse(server)
+        self._exchanges: list[_Exchange] = []
+        self._loop = asyncio.new_event_loop()
+        self._listening = self._loop.run_until_complete(asyncio.start_server(self._pass_on, "127.0.0.1"))
+        self.url = f"http://127.0.0.1:{self._listening.sockets[0].getsockname()[1]}"
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    @property
+    def records(self) -> list[dict[str, object]]:
+        return [asdict(exchange.record) for exchange in self._exchanges]
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._server.host, self._server.port)
+        answering: list[_Exchange] = []
+
+        async def answers() -> None:
+            while data := await there.read(65536):
+                now = time.perf_counter()
+                writer.write(data)
+                if answering and not answering[-1].over.done():
+                    answering[-1].received(data, now)
+            writer.close()
+
+        task = asyncio.create_task(answers())
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                now = time.perf_counter()
+                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+                if b"/v1/chat/completions" in head.split(b"\r\n", 1)[0]:
+                    record = Record(len(self._exchanges), scheduled=now, sent=now)
+                    answering.append(_Exchange(record, asyncio.get_running_loop()))
+                    self._exchanges.append(answering[-1])
+                else:
+                    answering.clear()
+                back.write(head + (await reader.readexactly(int(length[1])) if length else b""))
+        except (asyncio.IncompleteReadError, ConnectionResetError):
+            # guidellm hangs up at "[DONE]", before the last chunk, which ends the answer for us.
+            await asyncio.wait([exchange.over for exchange in answering] or [task], timeout=1)
+            back.close()
+            await task
+
+
+@pytest.fixture
+def tap() -> Iterator[Callable[[str], Tap]]:
+    """``tap(url)``: a Tap before the server at ``url``."""
+    taps: list[Tap] = []
+
+    def make(server: str) -> Tap:
+        taps.append(Tap(server))
+        return taps[-1]
+
+    yield make
+    for each in taps:
+        each.close()
 
 
 @contextmanager
