@@ -305,24 +305,23 @@ def ladder(
     labkit ladder --rung "continuous batching"
     """
     from labkit.deployment import SHIPPED_MODEL
+    from labkit.experiments.ladder import choose, walk
     from labkit.experiments.ladder import ladder as all_rungs
-    from labkit.experiments.ladder import walk
-    from labkit.experiments.provenance import code_version, machine
     from labkit.experiments.store import RunStore
-    from labkit.report.environment import code_line, machine_line
-    from labkit.report.ladder import ladder_table
+    from labkit.report.results import article_changes, steps_table, users_line
+    from labkit.report.tables import change_table
     from labkit.runner.runner import torch_device
     from labkit.traffic.workload import Workload
 
     rungs = all_rungs(model or SHIPPED_MODEL, torch_device(device).type)
-    if unknown := set(rung or []) - {each.name for each in rungs}:
-        raise UserError(f"no rung {unknown.pop()!r}; there are: {', '.join(each.name for each in rungs)}")
-    chosen = [rungs[0], *(each for each in rungs[1:] if not rung or each.name in rung)]
+    try:
+        chosen = choose(rungs, [rungs[0].name, *rung] if rung else [])
+    except ValueError as error:
+        raise UserError(str(error)) from error
     workload = Workload.article(users=users, requests=requests, timeout_s=timeout)
     walked = walk(chosen, workload, RunStore(runs), repeats)
-    where = f"{machine_line(machine())}; {code_line(code_version())}"
-    caption = f"{users} users, {requests} requests, {repeats} runs a rung; {where}"
-    print(ladder_table(chosen, walked, caption).text(width=200))
+    for table in (steps_table(walked), change_table(article_changes(walked), users_line(walked))):
+        print(f"\n{table.text(width=200)}")
 
 
 @app.command()
