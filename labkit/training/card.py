@@ -61,8 +61,12 @@ def card_text(name: str, evidence: Evidence) -> str:
 
 def _filled(text: str) -> str:
     """``text`` with its paragraphs and list items in lines of one width; code, tables and headings as they are."""
-    blocks = []
+    blocks: list[str] = []
     for block in text.split("\n\n"):
+        if blocks and blocks[-1].count("```") % 2:
+            # a blank line inside code
+            blocks[-1] += f"\n\n{block}"
+            continue
         if block.startswith("- "):
             items = (" ".join(item.split()) for item in re.split(r"^- ", block, flags=re.MULTILINE)[1:])
             block = "\n".join(_fill(item, "- ", "  ") for item in items)
