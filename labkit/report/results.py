@@ -292,9 +292,9 @@ def results_takeaway(comparison: Comparison, runs: Sequence[Run]) -> str:
     return (
         f"On this machine, with this model ({users_line(runs)}), *{last}* serves **{digits(ratio.value)} times** "
         f"as many requests per second as the service {first} (interval {digits(ratio.low)} to {digits(ratio.high)} at "
-        f"{ratio.confidence * 100:.0f} % confidence), with {same}. P95 latency went from {quantity(latency[0], 's')} to "
-        f"{quantity(latency[1], 's')}, the first word from {quantity(words[0], 's')} to {quantity(words[1], 's')}. "
-        f"The largest step was *{largest}*."
+        f"{ratio.confidence * 100:.0f} % confidence), with {same}. P95 latency went from "
+        f"{quantity(latency[0], 's')} to {quantity(latency[1], 's')}, the first word from {quantity(words[0], 's')} to "
+        f"{quantity(words[1], 's')}. The largest step was *{largest}*."
     )
 
 
