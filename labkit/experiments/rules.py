@@ -147,9 +147,12 @@ def judge_pressure(runs: Sequence[Run]) -> Verdict:
     }
     swapped = [np.ptp(inside(run, "host", name)) for run in most for name in ("swap_in_bytes", "swap_out_bytes")
                if len(inside(run, "host", name))]  # fmt: skip
-    facts["memory swaps"] = bool(max(swapped) > 0) if swapped else None
+    space = max((float(inside(run, "host", "swap_total_bytes").max(initial=0.0)) for run in most), default=0.0)
+    facts["memory swaps" if space else "memory swaps (this machine has no swap space)"] = (
+        bool(max(swapped) > 0) if swapped and space else None
+    )
     shown = [Evidence.of("run queue, median", percentile(queue, 50, "tasks"))] if len(queue) else []
-    if swapped:
+    if swapped and space:
         total = float(sum(swapped))
         shown.append(Evidence("swapped in and out", total, total, total, len(swapped), "bytes"))
     return judge_facts("C07", facts, shown, invalid(most))

@@ -17,9 +17,9 @@ class HostProbe:
     """The machine and, with ``pid``, that process and its descendants.
 
     Machine: cpu (% of all usable cores), cpu0, cpu1, … (% of each core this process may use), load1, runnable (tasks
-    running or waiting for a core at this instant, Linux only), memory_used_bytes, memory_total_bytes, swap_used_bytes,
-    swap_in_bytes and swap_out_bytes (counters since boot). CPU is measured from one reading to the next, so the first
-    reading has none.
+    running or waiting for a core at this instant, Linux only), memory_used_bytes, memory_total_bytes,
+    swap_used_bytes, swap_total_bytes, swap_in_bytes and swap_out_bytes (counters since boot). CPU is measured from
+    one reading to the next, so the first reading has none.
     Tree: tree_cpu (% of one core, from reading to reading), tree_rss_bytes (pages shared by two processes count twice),
     tree_threads, tree_processes; all 0 processes once the tree is gone.
     """
@@ -48,6 +48,7 @@ class HostProbe:
         reading["memory_used_bytes"] = float(memory.total - memory.available)
         reading["memory_total_bytes"] = float(memory.total)
         reading["swap_used_bytes"] = float(swap.used)
+        reading["swap_total_bytes"] = float(swap.total)
         reading["swap_in_bytes"] = float(swap.sin)
         reading["swap_out_bytes"] = float(swap.sout)
         if self._pid is not None:

@@ -26,7 +26,7 @@ def latency_by_users(
 
     ``limit_s`` draws the article's limit. Both axes are logarithmic: a straight rise is a queue growing with the users.
     """
-    figure = go.Figure()
+    figure, labels = go.Figure(), []
     for colour, name, part in _named(table, "deployment", "users"):
         numbers = [quantity(part["value"].iloc[0], "s")] + [""] * (len(part) - 1)
         figure.add_scatter(
@@ -34,13 +34,9 @@ def latency_by_users(
         )
         figure.data[-1].update(line_color=colour, text=numbers, textposition="bottom right", cliponaxis=False)
         last = part.iloc[-1]
-        _label(
-            figure,
-            math.log10(last["users"]),
-            math.log10(last["value"]),
-            f"{name}, {quantity(last['value'], 's')}",
-            colour,
-        )
+        text = f"{name}, {quantity(last['value'], 's')}"
+        labels.append((math.log10(last["users"]), math.log10(last["value"]), text, colour))
+    _label_ends(figure, labels, math.log10(table["value"].min()), math.log10(table["value"].max()))
     if limit_s is not None:
         figure.add_hline(y=limit_s, line_dash="dot", line_color=GREY)
         # On a logarithmic axis an annotation, unlike a shape, is placed by the logarithm.
@@ -56,12 +52,13 @@ def lines(
     table: pd.DataFrame, x: str, x_title: str, y_title: str, title: str = "", note: str = "", log_x: bool = False
 ) -> go.Figure:
     """Any number over any other, one line a name. Columns: ``x``, name, value, and low and high where there are any."""
-    figure = go.Figure()
+    figure, labels = go.Figure(), []
     for colour, name, part in _named(table, "name", x):
         figure.add_scatter(x=part[x], y=part["value"], mode="lines+markers", name=name, error_y=_errors(part))
         figure.data[-1].update(line_color=colour)
         end = part[x].iloc[-1]
-        _label(figure, math.log10(end) if log_x else end, part["value"].iloc[-1], name, colour)
+        labels.append((math.log10(end) if log_x else end, part["value"].iloc[-1], name, colour))
+    _label_ends(figure, labels, 0.0, table["value"].max())
     figure.update_xaxes(title=x_title, type="log" if log_x else "linear")
     if log_x:
         figure.update_xaxes(tickvals=sorted(table[x].unique()), tickformat="~g")
@@ -205,8 +202,18 @@ def _errors(part: pd.DataFrame) -> dict[str, object] | None:
     return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, **style}
 
 
-def _label(figure: go.Figure, x: float, y: float, text: str, colour: str) -> None:
-    figure.add_annotation(x=x, y=y, text=text, xshift=12, font={"color": colour, "size": 13}, **STATIC)
+def _label_ends(figure: go.Figure, labels: Sequence[tuple[float, float, str, str]], low: float, high: float) -> None:
+    """Names at the ends of lines (x, y, text, colour), moved apart where they would cover each other.
+
+    ``low`` and ``high`` are about the ends of the y axis, in its own (perhaps logarithmic) units.
+    """
+    least, height = 17.0, 280.0
+    taken = -math.inf
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        at = (y - low) / (high - low) * height if high > low else 0.0
+        taken = max(at, taken + least)
+        font = {"color": colour, "size": 13}
+        figure.add_annotation(x=x, y=y, text=text, xshift=12, yshift=taken - at, font=font, **STATIC)
 
 
 def _ticks() -> list[float]:

@@ -115,13 +115,15 @@ def test_swings_are_counted(values, count):
 
 
 def test_pressure_on_the_host():
-    def run(queue, swapped):
+    def run(queue, swapped, space=2**30):
         samples = readings("host", "runnable", [queue] * 50) + readings("host", "swap_in_bytes", [0] * 49 + [swapped])
-        return traffic(2.0, samples=samples)
+        return traffic(2.0, samples=samples + readings("host", "swap_total_bytes", [space] * 50))
 
     assert rules.judge_pressure([run(9, 4096)]).outcome == "confirmed"
     assert rules.judge_pressure([run(9, 0)]).outcome == "partly"
     assert rules.judge_pressure([run(2, 0)]).outcome == "refuted"
+    no_space = rules.judge_pressure([run(9, 0, space=0)])
+    assert no_space.outcome == "partly" and "no swap space): not observable here" in no_space.reason
     assert rules.judge_pressure([traffic(2.0)]).outcome == "not testable here"
 
 

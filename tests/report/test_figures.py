@@ -18,7 +18,7 @@ def test_latency_is_labelled_in_place_with_its_interval() -> None:
          "low": [3.0, -math.inf, 0.04], "high": [math.inf, 0.25, 0.06]}
     )  # fmt: skip
     figure = figures.latency_by_users(table, limit_s=0.8, title="t", note="n")
-    assert words(figure) == ["first, 3.20\u00a0s", "second, 50.0\u00a0ms", "limit 800\u00a0ms", "n"]
+    assert words(figure) == ["second, 50.0\u00a0ms", "first, 3.20\u00a0s", "limit 800\u00a0ms", "n"]
     first = figure.data[0]
     assert list(first.x) == [1, 16]  # in order of users
     assert list(first.error_y.array) == pytest.approx([0.05, 0.0])  # an open end is not drawn
@@ -26,6 +26,19 @@ def test_latency_is_labelled_in_place_with_its_interval() -> None:
     limit = figure.layout.annotations[2]
     assert limit.y == pytest.approx(math.log10(0.8)) and figure.layout.shapes[0].y0 == 0.8
     assert figure.layout.yaxis.title.text.endswith("(s)")
+
+
+def test_labels_of_lines_that_end_together_do_not_cover_each_other() -> None:
+    table = pd.DataFrame(
+        {"users": [1, 8] * 3, "deployment": ["a", "a", "b", "b", "c", "c"], "value": [1.0, 40.0, 2.0, 41.0, 1.0, 10.0],
+         "low": 1.0, "high": 41.0}
+    )  # fmt: skip
+    figure = figures.latency_by_users(table)
+    low, high = math.log10(1.0), math.log10(41.0)
+    heights = {a.text[0]: (a.y - low) / (high - low) * 280 + a.yshift for a in figure.layout.annotations}
+    assert heights["b"] - heights["a"] >= 16.9 and heights["a"] - heights["c"] > 60
+    shifts = {annotation.text[0]: annotation.yshift for annotation in figure.layout.annotations}
+    assert shifts["c"] == shifts["a"] == 0
 
 
 def test_a_probe_that_read_nothing_says_so() -> None:
