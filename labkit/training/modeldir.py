@@ -100,7 +100,8 @@ def read_model(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.
     except UserError as error:
         raise UserError(f"{directory} is no ledger model: {error}") from error
     except Exception as error:  # tokenizers raises plain Exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch names what is missing in the second line
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or type(error).__name__
         raise UserError(f"{directory} is damaged or incomplete ({reason}); train or copy it again") from error
     network.cos, network.sin = rope_tables(shape)
     return network.to(device), tokenizer

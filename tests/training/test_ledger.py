@@ -7,7 +7,15 @@ import sys
 import pytest
 
 from labkit.training.headlines import LABELS, combinations
-from labkit.training.ledger import BUCKETS, FAMILIES, FIRST_TRAINING_SEED, MOST_TRADES, Problem, is_correct, make_problem
+from labkit.training.ledger import (
+    BUCKETS,
+    FAMILIES,
+    FIRST_TRAINING_SEED,
+    MOST_TRADES,
+    Problem,
+    is_correct,
+    make_problem,
+)
 
 ROW = re.compile(r"^(T\d{4}),([A-Z]{4})(\d),([a-z]+)(\d),([BS])(\d\d)@(\d{3}),f(\d\d)$")
 PROBLEMS = [make_problem(5, index, bucket) for bucket in BUCKETS for index in range(400)]
@@ -60,13 +68,17 @@ def test_blotters_keep_their_own_rules() -> None:
     for problem in PROBLEMS:
         rows = rows_of(problem)
         assert [row[0] for row in rows] == sorted({row[0] for row in rows})
-        counts = dict(re.findall(r"(\w+)=(\d)", next(line for line in problem.prompt.splitlines() if line.startswith("counts"))))
+        counts = dict(
+            re.findall(r"(\w+)=(\d)", next(line for line in problem.prompt.splitlines() if line.startswith("counts")))
+        )
         for key, number in ((1, 2), (3, 4)):
             for name in {row[key] for row in rows}:
                 numbers = [int(row[number]) for row in rows if row[key] == name]
                 assert numbers == list(range(1, int(counts.pop(name)) + 1)) and len(numbers) <= MOST_TRADES
                 if key == 1:
-                    assert len({row[6] for row in rows if row[1] == name}) == len(numbers), "a tie for the largest trade"
+                    assert len({row[6] for row in rows if row[1] == name}) == len(numbers), (
+                        "a tie for the largest trade"
+                    )
         assert not counts
 
 
@@ -143,7 +155,10 @@ def test_enumerations_visit_every_row_and_keep_right_running_values(family: str)
 
 def test_lookups_and_headlines_quote_the_prompt() -> None:
     for index in range(100):
-        assert make_problem(6, index, "medium", "lookup").thought in make_problem(6, index, "medium", "lookup").prompt.splitlines()
+        assert (
+            make_problem(6, index, "medium", "lookup").thought
+            in make_problem(6, index, "medium", "lookup").prompt.splitlines()
+        )
         headline = make_problem(6, index, "medium", "headline")
         phrase, label = headline.thought.split(":")
         assert phrase in headline.prompt.splitlines()[-1] and label == headline.answer in LABELS
@@ -173,7 +188,11 @@ def test_problems_are_the_same_in_another_process() -> None:
 
 def test_answers_are_judged_by_what_follows_the_thought() -> None:
     assert is_correct("12", "<think>1 2</think>12") and is_correct("12", " 12\n")
-    assert not is_correct("12", "<think>12</think>13") and not is_correct("12", "<think>12") and not is_correct("12", "012")
+    assert (
+        not is_correct("12", "<think>12</think>13")
+        and not is_correct("12", "<think>12")
+        and not is_correct("12", "012")
+    )
 
 
 def test_unknown_buckets_and_families_are_refused() -> None:

@@ -9,7 +9,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from labkit.training.documents import LENGTHS, make_batch
 from labkit.training.ledger import ACCOUNTS, BUCKET_TOKENS, BUCKETS, SYMBOLS, make_problem
-from labkit.training.tokenizer import TOKENS, completion_text, piece_table, prompt_text, train_tokenizer, write_tokenizer
+from labkit.training.tokenizer import (
+    TOKENS,
+    completion_text,
+    piece_table,
+    prompt_text,
+    train_tokenizer,
+    write_tokenizer,
+)
 
 TOKENIZER = train_tokenizer()
 TABLE = piece_table(TOKENIZER)
@@ -37,7 +44,9 @@ def test_table_encodes_as_the_tokenizer_and_prompts_fit_their_bucket(plain: PreT
             assert prompt == prompt_text(problem.prompt)
             ids = plain(prompt, add_special_tokens=False).input_ids
             lengths.append(len(ids))
-            assert TABLE.encode(prompt + completion_text(problem)) == ids + TOKENIZER.encode(completion_text(problem)).ids
+            assert (
+                TABLE.encode(prompt + completion_text(problem)) == ids + TOKENIZER.encode(completion_text(problem)).ids
+            )
         assert low <= min(lengths) and max(lengths) <= high
         assert min(lengths) < low + (high - low) * 0.1 and max(lengths) > high - (high - low) * 0.15
 
@@ -74,11 +83,15 @@ def test_documents_are_prompts_then_weighted_completions_and_depend_on_nothing_e
         assert (batch.ids == again.ids).all() and batch.ids.shape == (2, LENGTHS[bucket])
         assert not (make_batch(TABLE, 1, bucket, 6, 2).ids == batch.ids).all()
         for ids, weights in zip(batch.ids, batch.weights, strict=True):
-            text = TOKENIZER.decode(ids.tolist(), skip_special_tokens=False).rstrip("<|endoftext|>")
+            text = TOKENIZER.decode(ids.tolist(), skip_special_tokens=False).replace("<|endoftext|>", "")
             turns = text.split("<|im_start|>user\n")[1:]
             questions = [turn.split("<|im_end|>")[0].splitlines()[-1] for turn in turns]
             assert len(set(questions)) == len(questions) >= 1
-            thoughts = "".join(TOKENIZER.decode([i], skip_special_tokens=False) for i, w in zip(ids, weights, strict=True) if w == 1)
+            thoughts = "".join(
+                TOKENIZER.decode([i], skip_special_tokens=False) for i, w in zip(ids, weights, strict=True) if w == 1
+            )
             assert thoughts.startswith("<think>") and thoughts.count("</think>") == len(turns)
-            answers = "".join(TOKENIZER.decode([i], skip_special_tokens=False) for i, w in zip(ids, weights, strict=True) if w == 3)
+            answers = "".join(
+                TOKENIZER.decode([i], skip_special_tokens=False) for i, w in zip(ids, weights, strict=True) if w == 3
+            )
             assert answers.count("<|im_end|>") == len(turns) and "think" not in answers
