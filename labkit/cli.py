@@ -135,9 +135,8 @@ def evaluate(
     table = Table(*header, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    # a log or a pipe has no width of its own, and cut figures are worth nothing
-    console.print(table, width=None if console.is_terminal else 120)
+    # a log or a pipe has no width of its own, and figures broken over lines are hard to read
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     if result is not None:
         print(f"written to {result}")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the shipped model on a GPU, asks it 1,000 unseen problems per bucket, and leaves everything in $OUT.
+# Trains the shipped model on a GPU, asks it 1,000 unseen problems per bucket, writes its card, and leaves everything in $OUT.
 # A second call on the same machine goes on from the checkpoints in $CHECKPOINTS.
 set -euo pipefail
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
@@ -17,4 +17,5 @@ $PYTHON -m labkit.cli train --preset ledger-r1 --device "$DEVICE" --max-seconds 
   --out "$WORK/model" --checkpoints "$CHECKPOINTS" --runs "$WORK/runs" --resume ${TRAIN_OPTIONS:-}
 pack
 $PYTHON -m labkit.cli evaluate "$WORK/model" --device "$DEVICE" --problems "$PROBLEMS" --result "$WORK/evaluation.json"
+$PYTHON -m labkit.training.card "$WORK/model" --run "$WORK/runs" --evaluation "$WORK/evaluation.json"
 pack

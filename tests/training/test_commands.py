@@ -19,7 +19,8 @@ from labkit.training.checkpoint import newest_checkpoint
 from labkit.training.modeldir import read_model
 
 MODEL = Path(__file__).resolve().parents[2] / "data" / "models" / "ledger-r1"
-TRAIN = ["train", "--device", "cpu", "--batch-tokens", "1024", "--checkpoint-every-steps", "1", "--processes", "0"]
+TRAIN = ["train", "--preset", "article", "--micro-batch", "1", "--accumulate", "1", "--device", "cpu"]
+TRAIN += ["--checkpoint-every-steps", "1", "--processes", "0"]
 
 
 def labkit(directory: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -30,7 +31,9 @@ def labkit(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_training_killed_outright_goes_on_with_resume(tmp_path: Path) -> None:
+def test_a_training_killed_outright_goes_on_with_resume_and_not_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = labkit(tmp_path, *TRAIN, "--steps", "50")
     checkpoints = tmp_path / "build" / "ledger-r1-checkpoints"
     while not checkpoints.is_dir() or (found := newest_checkpoint(checkpoints)) is None:
@@ -41,6 +44,11 @@ def test_a_training_killed_outright_goes_on_with_resume(tmp_path: Path) -> None:
     found = newest_checkpoint(checkpoints)
     assert found is not None and not (tmp_path / "build" / "ledger-r1").exists()
     reached = found[1].step
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["labkit", *TRAIN, "--steps", "50"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and f"holds a training at step {reached}; add --resume" in capsys.readouterr().err
     second = labkit(tmp_path, *TRAIN, "--steps", str(reached + 1), "--resume")
     said, errors = second.communicate()
     assert second.returncode == 0, errors
@@ -78,20 +86,6 @@ def test_what_cannot_be_is_one_line_and_exit_code_1(
     said = capsys.readouterr().err
     assert ended.value.code == 1 and said.count("\n") == 1 and said.startswith("labkit: ") and named in said
     assert not list(tmp_path.iterdir())
-
-
-def test_checkpoints_in_the_way_are_not_trained_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["labkit", *TRAIN, "--steps", "1", "--out", str(tmp_path / "model"), "--runs", str(tmp_path / "runs")]
-    arguments += ["--preset", "article", "--micro-batch", "1", "--accumulate", "1"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1 and "--resume" in capsys.readouterr().err
 
 
 def test_evaluate_prints_a_table_and_writes_its_account(tmp_path: Path) -> None:
