@@ -58,16 +58,26 @@ class Evidence:
     high: float
     n: int
     unit: str
+    confidence: float = 0.95
 
     @classmethod
     def of(cls, label: str, estimate: Estimate) -> Evidence:
         """A share (0 to 1) becomes per cent, the rest stays as it is."""
         unit, scale = ("%", 100.0) if estimate.unit == "share" else (estimate.unit, 1.0)
-        return cls(label, estimate.value * scale, estimate.low * scale, estimate.high * scale, estimate.n, unit)
+        return cls(
+            label,
+            estimate.value * scale,
+            estimate.low * scale,
+            estimate.high * scale,
+            estimate.n,
+            unit,
+            estimate.confidence,
+        )
 
     def __str__(self) -> str:
         unit = self.unit if self.unit in ("", "×") else f" {self.unit}"
-        return f"{_number(self.value)}{unit} (95 % interval {_number(self.low)} to {_number(self.high)})"
+        level = f"{self.confidence * 100:.0f} %"
+        return f"{_number(self.value)}{unit} ({level} interval {_number(self.low)} to {_number(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -341,7 +351,9 @@ def _in_unit_of(stated: Claim, shown: Evidence) -> Evidence:
     if stated.unit in (None, shown.unit):
         return shown
     if (stated.unit, shown.unit) == ("ms", "s"):
-        return Evidence(shown.label, shown.value * 1e3, shown.low * 1e3, shown.high * 1e3, shown.n, "ms")
+        return Evidence(
+            shown.label, shown.value * 1e3, shown.low * 1e3, shown.high * 1e3, shown.n, "ms", shown.confidence
+        )
     raise ValueError(f"{stated.id} counts in {stated.unit}, what was measured in {shown.unit or 'nothing'}")
 
 

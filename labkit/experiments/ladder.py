@@ -103,8 +103,7 @@ def choose(rungs: Sequence[Rung], names: Sequence[str]) -> list[Rung]:
 
 def run_key(deployment: Deployment, workload: Workload, repeat: int, code: dict[str, Any]) -> str:
     """What makes a finished run stand for one that is to be made: deployment, workload, repeat, code and machine."""
-    parts = [deployment.to_json(), workload.to_json(), repeat, code, machine()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return _digest([deployment.to_json(), workload.to_json(), repeat, code, machine()])
 
 
 def walk(
@@ -121,15 +120,16 @@ def walk(
     """Measures every rung ``repeats`` times, interleaved (up the ladder, down, up …) so that drift hits all alike.
 
     Valid runs that are in the store already, made by the same code on the same machine, are taken as they are: a walk
-    that was killed goes on where it was. ``say`` gets a line a run with the time left. Runs come in order of rung and
-    repeat.
+    that was killed goes on where it was, and all its runs have one ``manifest["walk"]``. ``say`` gets a line a run
+    with the time left. Runs come in order of rung and repeat.
     """
     check_repeats(repeats)
     for rest in store.unfinished():
         say(f"an earlier run did not end: {rest}")
+    code = code_version()
+    same_walk = _digest([workload.to_json(), code, machine()])
     finished = {run.manifest.get("key"): run for run in store.list() if run.valid}
     plan = [(repeat, rung) for repeat in range(repeats) for rung in (rungs if repeat % 2 == 0 else rungs[::-1])]
-    code = code_version()
     keys = {(repeat, rung.name): run_key(rung.deployment, workload, repeat, code) for repeat, rung in plan}
     made: dict[tuple[int, str], Run] = {}
     took: dict[str, float] = {}
@@ -142,10 +142,11 @@ def walk(
         left = [other.name for later, other in plan[number:] if keys[later, other.name] not in finished]
         say(f"{label}{_time_left(left, took)}")
         began = time.monotonic()
+        notes = {"rung": rung.name, "repeat": repeat, "key": keys[position], "walk": same_walk}
         with showing_progress(label) as progress:
             made[position] = measure(
                 rung.deployment, workload, store, name=_file_name(rung.name), hz=hz, calibration=calibration,
-                progress=progress, notes={"rung": rung.name, "repeat": repeat, "key": keys[position]},
+                progress=progress, notes=notes,
             )  # fmt: skip
         took[rung.name] = time.monotonic() - began
     return [made[repeat, rung.name] for rung in rungs for repeat in range(repeats)]
@@ -162,6 +163,10 @@ def runs_by_rung(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def check_repeats(repeats: int) -> None:
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1; got {repeats}")
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _time_left(names: Sequence[str], took: dict[str, float]) -> str:

@@ -87,4 +87,4 @@ def _evidence(item: Evidence) -> str:
     if item.low == item.high == item.value:
         return f"{item.label}: {quantity(item.value, item.unit)}"
     value, ends = parts(item.value, item.low, item.high, item.unit)
-    return f"{item.label}: {value} (95 % interval {ends}, n = {item.n})"
+    return f"{item.label}: {value} ({item.confidence * 100:.0f} % interval {ends}, n = {item.n})"

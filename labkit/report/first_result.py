@@ -29,19 +29,18 @@ STYLE = (
 
 
 def newest_walk(store: RunStore) -> list[Run]:
-    """The runs of the walk that ended last: one workload, one version of the code, at least two rungs.
+    """The runs of the walk that began last and has at least two rungs, the slowest rung first.
 
     Raises UserError when there is none.
     """
     walks: dict[str, list[Run]] = {}
     for run in store.list():
-        if "rung" in run.manifest and run.valid:
-            walks.setdefault(str((run.manifest["workload"], run.manifest["code"])), []).append(run)
-    for runs in sorted(walks.values(), key=lambda runs: str(runs[-1].manifest["started_at"]), reverse=True):
-        groups = runs_by_rung(sorted(runs, key=lambda run: -throughput_of(run).value))
-        slowest_first = sorted(groups.values(), key=lambda group: max(throughput_of(run).value for run in group))
+        if "walk" in run.manifest and run.valid:
+            walks.setdefault(run.manifest["walk"], []).append(run)
+    for runs in sorted(walks.values(), key=lambda runs: str(runs[0].manifest["started_at"]), reverse=True):
+        groups = sorted(runs_by_rung(runs).values(), key=lambda group: max(throughput_of(run).value for run in group))
         if len(groups) > 1:
-            return [run for group in slowest_first for run in group]
+            return [run for group in groups for run in group]
     raise UserError(f"{store.root} holds no walk of the ladder; run `labkit run 06_results` first")
 
 
@@ -63,7 +62,7 @@ def first_result_svg(runs: Sequence[Run]) -> str:
     ratio = interval_at(whole.ratio).replace("\n", ", interval ")
     for line in (
         f"{names[1]} against {names[0]}: {ratio} confidence; same answers: {alike(whole)}",
-        f"{users_line(runs)}; whiskers are 95 % intervals",
+        f"{users_line(runs)}; whiskers are 95 % intervals, an end that so few requests leave open is not drawn",
         machine_of(runs),
     ):
         at += 18

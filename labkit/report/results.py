@@ -17,8 +17,9 @@ from labkit.experiments.claims import (
     TIMEOUT_S,
     USERS,
     VERDICTS_VARIABLE,
+    Evidence,
     Verdict,
-    judge_change,
+    judge_ratio,
     load_claims,
     not_testable,
     read_verdicts,
@@ -206,21 +207,35 @@ def interval_at(estimate: Estimate) -> str:
 
 
 def article_changes(runs: Sequence[Run]) -> list[Change]:
-    """The article's five rows, first against last rung, repeats pooled, and what was measured besides."""
+    """The article's five rows, first against last rung, and what was measured besides.
+
+    Before and after are those of all repeats pooled; how many times better latency, throughput and first word got is
+    the ratio of the medians of the repeats (``compare``), as in the headline.
+    """
     groups = list(runs_by_rung(runs).values())
     first, last = groups[0], groups[-1]
 
     def pair(metric: Callable[[pd.DataFrame, Window], Estimate]) -> tuple[Estimate, Estimate]:
         return metric(*pooled(first)), metric(*pooled(last))
 
+    def times(metric: Callable[[pd.DataFrame, Window], Estimate], here: list[Run], there: list[Run]) -> Estimate:
+        ratio = compare(here, there, lambda run: metric(run.requests, run.window)).ratio
+        return Estimate(ratio.value, ratio.low, ratio.high, ratio.n, "×", ratio.confidence)
+
+    def p95(table: pd.DataFrame, window: Window) -> Estimate:
+        return metrics.latency(table, window, 95)
+
+    def first_word(table: pd.DataFrame, window: Window) -> Estimate:
+        return metrics.ttft(table, window, 50)
+
     gpu = [_present(mean_sample(group, "gpu", "utilisation")) for group in (first, last)]
     cpu = [mean_sample(group, "host", "cpu") for group in (first, last)]
     return [
-        Change("P95 latency", *pair(lambda t, w: metrics.latency(t, w, 95)), claim="C34"),
-        Change("throughput", *pair(metrics.throughput), claim="C35"),
+        Change("P95 latency", *pair(p95), claim="C34", gain=times(p95, last, first)),
+        Change("throughput", *pair(metrics.throughput), claim="C35", gain=times(metrics.throughput, first, last)),
         Change(f"failed, or slower than {TIMEOUT_S:g} s", slow_as_failed(first), slow_as_failed(last), claim="C36"),
         Change("mean GPU utilisation", gpu[0], gpu[1], claim="C37"),
-        Change("time to first token, P50", *pair(lambda t, w: metrics.ttft(t, w, 50)), claim="C38"),
+        Change("time to first token, P50", *pair(first_word), claim="C38", gain=times(first_word, last, first)),
         Change("failed", *pair(metrics.error_rate)),
         Change("mean CPU utilisation", cpu[0], cpu[1], gain=NONE),
     ]
@@ -245,8 +260,9 @@ def judge_changes(changes: Sequence[Change], runs: Sequence[Run]) -> list[Verdic
             lacks = f"{change.name}: none of {change.before.n} requests before, so there was nothing to improve"
             verdicts.append(not_testable(change.claim, lacks, "more users than the first rung can bear"))
         else:
-            found = judge_change(change.claim, change.before, change.after, spoilt or None)
-            verdicts.append(_as_far_as_tested(found, runs))
+            found = judge_ratio(change.claim, change.ratio, invalid=spoilt or None)
+            shown = (Evidence.of("before", change.before), Evidence.of("after", change.after), *found.evidence)
+            verdicts.append(_as_far_as_tested(replace(found, evidence=shown), runs))
     return verdicts
 
 
@@ -352,10 +368,10 @@ def claims_table(found: Mapping[str, tuple[str, Verdict]]) -> Table:
 def users_line(runs: Sequence[Run]) -> str:
     """ "8 users, 24 requests a run, 3 runs a rung"."""
     groups = runs_by_rung(runs)
-    users = sorted({users_of(run) for run in runs})
+    users, repeats = sorted({users_of(run) for run in runs}), len(next(iter(groups.values())))
     return (
         f"{', '.join(map(str, users))} users, {runs[0].manifest['workload']['requests']} requests a run, "
-        f"{len(next(iter(groups.values())))} runs a rung"
+        f"{repeats} run{'s' if repeats > 1 else ''} a rung"
     )
 
 

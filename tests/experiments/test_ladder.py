@@ -105,6 +105,9 @@ def test_a_walk_interleaves_and_goes_on_where_it_was_killed(tmp_path, code):
 
     again = FakeMeasure()
     assert walk(rungs, WORKLOAD, store, 2, measure=again, say=said.append) == runs and again.calls == []
+    assert len({run.manifest["walk"] for run in runs}) == 1
+    other = walk(rungs[:1], WORKLOAD.but(seed=1), store, 1, measure=again, say=said.append)
+    assert other[0].manifest["walk"] != runs[0].manifest["walk"]
 
 
 def test_a_run_that_gave_no_verdict_is_made_again(tmp_path, code):

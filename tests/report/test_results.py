@@ -38,7 +38,8 @@ def made_run(service_s, rung="as first deployed", users=4, repeat=0, gpus=(), te
     ]
     window = (0.0, service_s * count / users)
     run = Run(Path(f"{rung}-{repeat}".replace(" ", "-")), {
-        "window": window, "workload": {"users": users, "requests": count, "seed": 0}, "rung": rung, "repeat": repeat,
+        "walk": "one", "rung": rung, "repeat": repeat, "window": window,
+        "workload": {"users": users, "requests": count, "seed": 0},
         "started_at": f"2026-01-0{1 + repeat}T00:00:00+00:00", "reasons": [], "code": {"commit": "c0ffee"},
         "machine": {"cpu": "a CPU", "cores": 2, "ram_bytes": 2**33, "gpus": list(gpus)},
     })  # fmt: skip
@@ -114,13 +115,15 @@ def test_different_answers_are_said_everywhere_and_cost_the_verdict():
 @pytest.mark.parametrize(("gpus", "users", "outcome"), [((), 4, "partly"), (({"name": "H200"},), 300, "confirmed")])
 def test_a_gain_is_confirmed_only_where_the_article_had_it(gpus, users, outcome):
     runs = [
-        made_run(seconds, rung, users, repeat, gpus, count=users * 20)
+        made_run(seconds, rung, users, repeat, gpus, count=max(80, 2 * users))
         for rung, seconds in zip(ENDS, (8.0, 1.0), strict=True)
         for repeat in range(2)
     ]
     verdicts = {v.claim: v for v in results.judge_changes(results.article_changes(runs), runs)}
     assert list(verdicts) == ["C34", "C35", "C36", "C37", "C38"]
     assert verdicts["C34"].outcome == outcome
+    assert [item.label for item in verdicts["C34"].evidence] == ["before", "after", "gain"]
+    assert verdicts["C34"].evidence[-1].confidence == pytest.approx(2 / 3)
     assert ("without a GPU" in verdicts["C34"].reason) == (not gpus)
     assert verdicts["C37"].outcome == "not testable here"
 
@@ -180,9 +183,9 @@ def test_without_a_walk_there_is_no_figure(tmp_path):
 def test_the_newest_walk_is_drawn(monkeypatch, tmp_path):
     old, new = walked(), walked()
     for run in new:
-        run.manifest["workload"] = {**run.manifest["workload"], "seed": 1}
+        run.manifest["walk"] = "another"
         run.manifest["started_at"] = "2027" + run.manifest["started_at"][4:]
     monkeypatch.setattr(RunStore, "list", lambda self: [*new[:2], *old, *new[2:]])
     found = first_result.newest_walk(RunStore(tmp_path))
-    assert len(found) == 6 and all(run.manifest["workload"]["seed"] == 1 for run in found)
+    assert len(found) == 6 and all(run.manifest["walk"] == "another" for run in found)
     assert [run.manifest["rung"] for run in found] == [ENDS[0]] * 3 + [ENDS[1]] * 3
