@@ -21,7 +21,7 @@ class Deployment:
     model: str = SHIPPED_MODEL
     """A Hugging Face directory or hub id."""
     engine: Literal["transformers", "labkit"] = "labkit"
-    """``transformers`` serves with ``generate`` in static padded batches, ``labkit`` with the engine of this project."""
+    """``transformers`` serves with ``generate`` in static padded batches, ``labkit`` with this project's engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["eager", "sdpa"] = "sdpa"
@@ -35,7 +35,8 @@ class Deployment:
     token_budget: int = 2048
     """Most tokens in one step under continuous batching (prefill chunks and decode together)."""
     chunked_prefill: bool = True
-    """Whether a prompt may be split over steps and mixed with decode; if not, a prompt is prefilled in a step of its own."""
+    """Whether a prompt may be split over steps and mixed with decode; if not, prompts are prefilled whole, in steps of
+    their own."""
     kv_block_size: int = 16
     """Tokens in one KV block."""
     kv_blocks: int | None = None
@@ -52,7 +53,8 @@ class Deployment:
             value, hint = getattr(self, field.name), hints[field.name]
             if getattr(hint, "__origin__", None) is Literal and value not in get_args(hint):
                 raise ValueError(f"{field.name} must be one of {', '.join(get_args(hint))}; got {value!r}")
-        for name, least in (("max_batch", 1), ("token_budget", 1), ("kv_block_size", 1), ("kv_blocks", 1), ("max_context", 2)):
+        least_of = {"max_batch": 1, "token_budget": 1, "kv_block_size": 1, "kv_blocks": 1, "max_context": 2}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
@@ -67,8 +69,8 @@ class Deployment:
 
     @classmethod
     def as_first_deployed(cls, model: str = SHIPPED_MODEL, **knobs: Any) -> Deployment:
-        """The bank's first deployment: ``transformers`` ``generate``, eager attention, float32, static batches of up to 32
-        padded to the longest, one at a time, HTTP/1.1, no admission control."""
+        """The bank's first deployment: ``transformers`` ``generate``, eager attention, float32, static batches of up to
+        32 padded to the longest, one at a time, HTTP/1.1, no admission control."""
         first = cls(
             model=model,
             engine="transformers",

@@ -2,4 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user gave or lacks; the message says what is wrong and what to do. The command line prints it as one line."""
+    """Something the user gave or lacks; the message says what is wrong and what to do.
+
+    The command line prints it as one line.
+    """

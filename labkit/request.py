@@ -12,8 +12,8 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class SamplingParams:
     """How the next token is chosen and when a request ends.
 
-    ``temperature == 0`` is greedy. ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` switch those filters off; they apply
-    in the order temperature, top-k, top-p, min-p. ``seed`` makes one request reproducible whatever it is batched with.
+    ``temperature == 0`` is greedy. ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` switch those filters off; they
+    apply in the order temperature, top-k, top-p, min-p. ``seed`` makes one request reproducible whatever it is batched with.
     ``logprobs`` is None for none, 0 for the chosen token's, k for the chosen and the k likeliest.
     """
 
@@ -41,7 +41,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability (natural log, before temperature and filters) of one generated token, and of its likeliest rivals."""
+    """Log-probability (natural log, before temperature and filters) of a generated token, and of its rivals."""
 
     token_id: int
     logprob: float
