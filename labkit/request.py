@@ -13,8 +13,8 @@ class SamplingParams:
     """How the next token is chosen and when a request ends.
 
     ``temperature == 0`` is greedy. ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` switch those filters off; they
-    apply in the order temperature, top-k, top-p, min-p. ``seed`` makes one request reproducible whatever it is batched with.
-    ``logprobs`` is None for none, 0 for the chosen token's, k for the chosen and the k likeliest.
+    apply in the order temperature, top-k, top-p, min-p. ``seed`` makes one request reproducible whatever it is batched
+    with. ``logprobs`` is None for none, 0 for the chosen token's, k for the chosen and the k likeliest.
     """
 
     max_tokens: int = 256
