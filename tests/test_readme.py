@@ -113,7 +113,7 @@ def test_every_command_is_run_by_a_test_of_this_file():
     assert set(re.findall(r"make ([a-z-]+)", " ".join(IN_CI))) - {"install"} == set(
         re.search(r"for target in (.*); do", (ROOT / ".ci/run").read_text())[1].split()
     )
-    known = ("serve", "load", "run", "report", "train", "evaluate")
+    known = ("serve", "load", "ladder", "run", "report", "train", "evaluate")
     assert {command.split()[1] for command in shown("labkit ")} == set(known)
 
 
@@ -138,6 +138,14 @@ def test_serve_ask_and_load(port, tmp_path):
         for command in shown("labkit load"):
             small = command.replace("8000", str(port)).replace("--users 8 --requests 40", "--users 2 --requests 6")
             assert "kept as" in shell(f"{small} --no-calibrate --runs {tmp_path}")
+
+
+def test_the_ladder_is_walked(tmp_path):
+    """Two of its rungs and two questions, instead of all of them."""
+    for command in shown("labkit ladder"):
+        small = command.replace("--users 8 --requests 24", "--users 2 --requests 2 --repeats 1")
+        said = shell(f'{small} --rung "own engine" --device cpu --runs {tmp_path}', timeout=300)
+        assert "all 2" in said and "times better" in said
 
 
 @pytest.mark.parametrize("command", [each for each in shown("labkit serve") if each != SERVE])
