@@ -167,7 +167,9 @@ def test_a_disk_that_fills_up_in_mid_load_is_one_clear_line(tmp_path):
 def test_ctrl_c_keeps_nothing_and_says_so(tmp_path):
     with Golden([Script(ttft_s=0.02, tokens=2)]) as golden:
         command = load_command(golden.url, tmp_path, "--users", "2", "--duration", "60")
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        # A shell starts its background jobs deaf to Ctrl-C, and what this test starts would inherit that.
+        hearing = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hearing)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and _ended(tmp_path) < 3:
             time.sleep(0.05)
