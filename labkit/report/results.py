@@ -28,7 +28,7 @@ from labkit.experiments.compare import Comparison, compare
 from labkit.experiments.intervals import Estimate
 from labkit.experiments.ladder import Rung, runs_by_rung
 from labkit.experiments.metrics import SLO, Window
-from labkit.experiments.rules import LIMIT_S, invalid, mean_sample, probe_text, slow_as_failed
+from labkit.experiments.rules import LIMIT_S, inside, invalid, mean_sample, probe_text, slow_as_failed
 from labkit.experiments.store import Run
 from labkit.probes.profiler import by_group
 from labkit.report.environment import machine_line
@@ -58,10 +58,23 @@ def prediction_table(prediction: pd.DataFrame) -> Table:
 
 
 def machine_of(runs: Sequence[Run]) -> str:
-    """The caption of what was measured: machine and day of the runs."""
+    """The caption of what was measured: machine, day of the runs, and what else ran there."""
     days = sorted({str(run.manifest["started_at"])[:10] for run in runs})
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"{machine_line(runs[0].manifest['machine'])}; {span}"
+    busy = disturbance(runs)
+    return f"{machine_line(runs[0].manifest['machine'])}; {span}" + (f"; {busy}" if busy else "")
+
+
+def disturbance(runs: Sequence[Run]) -> str:
+    """How much of the machine was used by anything but the server, in the most disturbed run; "" if not known."""
+    found = []
+    for run in runs:
+        whole, server = inside(run, "host", "cpu"), inside(run, "host", "tree_cpu")
+        if len(whole) and len(server):
+            found.append(max(0.0, whole.mean() / 100 * run.manifest["machine"]["cores"] - server.mean() / 100))
+    if not found:
+        return ""
+    return f"other programs, the client included, used at most {max(found):.1f} cores (mean of a run)"
 
 
 def users_table(runs: Sequence[Run]) -> Table:

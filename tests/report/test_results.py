@@ -77,6 +77,17 @@ def test_failures_are_shown_by_kind_beside_what_the_articles_limits_make_of_them
     assert few.rows[0][-1] == "no (90 needed)"
 
 
+def test_what_else_ran_on_the_machine_is_said():
+    calm, busy = made_run(2.0), made_run(2.0)
+    assert results.disturbance([calm]) == ""
+    for run, percent in ((calm, 180.0), (busy, 100.0)):
+        server = pd.DataFrame({"t_s": [1.0], "probe": "host", "name": "tree_cpu", "value": percent})
+        run.__dict__["samples"] = pd.concat([run.samples, server])
+    # Two cores at 95 % are 1.9; the server had 1.8 of them, then 1.0.
+    assert "at most 0.1 cores" in results.disturbance([calm])
+    assert "at most 0.9 cores" in results.users_table([calm, busy]).caption
+
+
 def test_padding_and_time_of_a_batch():
     padding = results.padding_table([made_run(2.0)])
     assert padding.rows[0][1:4] == ("10", "4.00", "4.00") and padding.rows[0][-1] == "0\u00a0%"
