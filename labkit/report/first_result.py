@@ -13,7 +13,7 @@ from labkit.errors import UserError
 from labkit.experiments import metrics
 from labkit.experiments.compare import compare
 from labkit.experiments.intervals import Estimate
-from labkit.experiments.ladder import runs_by_rung
+from labkit.experiments.ladder import ladder, runs_by_rung
 from labkit.experiments.metrics import Window
 from labkit.experiments.store import Run, RunStore
 from labkit.report.results import alike, interval_at, machine_of, rungs_frame, throughput_of, users_line
@@ -29,18 +29,18 @@ STYLE = (
 
 
 def newest_walk(store: RunStore) -> list[Run]:
-    """The runs of the walk that began last and has at least two rungs, the slowest rung first.
+    """The runs of the walk that began last and has at least two rungs, in the order of the ladder.
 
     Raises UserError when there is none.
     """
+    order = [rung.name for rung in ladder(device="cuda")]
     walks: dict[str, list[Run]] = {}
     for run in store.list():
-        if "walk" in run.manifest and run.valid:
+        if run.valid and "walk" in run.manifest and run.manifest["rung"] in order:
             walks.setdefault(run.manifest["walk"], []).append(run)
     for runs in sorted(walks.values(), key=lambda runs: str(runs[0].manifest["started_at"]), reverse=True):
-        groups = sorted(runs_by_rung(runs).values(), key=lambda group: max(throughput_of(run).value for run in group))
-        if len(groups) > 1:
-            return [run for group in groups for run in group]
+        if len(runs_by_rung(runs)) > 1:
+            return sorted(runs, key=lambda run: (order.index(run.manifest["rung"]), run.manifest["repeat"]))
     raise UserError(f"{store.root} holds no walk of the ladder; run `labkit run 06_results` first")
 
 
