@@ -267,7 +267,7 @@ def judge_changes(changes: Sequence[Change], runs: Sequence[Run]) -> list[Verdic
         if change.claim is None:
             continue
         if change.before.n == 0:
-            lacks = f"{change.name} was not read here ({probe_text(groups[0][0], 'gpu')})"
+            lacks = f"The {change.name} was not read here ({probe_text(groups[0][0], 'gpu')})"
             verdicts.append(not_testable(change.claim, lacks, "one NVIDIA GPU"))
         elif change.before.value == 0:
             lacks = f"{change.name}: none of {change.before.n} requests before, so there was nothing to improve"
