@@ -31,7 +31,6 @@ NOT_IMPORTED = {
 # Imported but not declared, because a declared one pins it exactly.
 BROUGHT_ALONG = {
     "pydantic-core": "pydantic is a face on it",
-    "triton": "comes with torch where there is a GPU; `dev` adds it for the tests of the kernels",
 }
 
 
