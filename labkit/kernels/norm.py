@@ -11,6 +11,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The quotient is rounded to x's dtype before the weight is applied, as the published models were trained.
     """
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition of ``rms_norm``; x may have any number of dimensions."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return (wide * scale).to(x.dtype).mul_(weight)

@@ -1,9 +1,173 @@
-"""Rotary position embedding, in the half-rotated layout of Llama and Qwen."""
+"""Rotary position embedding: the table of angles, and rotating queries and keys on their way to the KV cache.
+
+The layout is the half-rotated one of Llama and Qwen, where element i turns with element i + rotary_dim / 2;
+``rope_interleaved`` is that of DeepSeek, where neighbours turn together.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from labkit.kernels.norm import rms_norm_reference
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of every position of a model."""
+
+    cos_sin: Tensor
+    """[max_positions, rotary_dim] float32: cosines in the first half of a row, sines in the second."""
+
+    @classmethod
+    def build(
+        cls, parameters: Mapping[str, Any], head_dim: int, max_positions: int, device: torch.device | str | None = None
+    ) -> RopeTable:
+        """From the ``rope_parameters`` of a ``transformers`` config, the dimension that is rotated (of each head; the
+        head's own unless ``partial_rotary_factor`` says otherwise) and ``max_position_embeddings``.
+
+        Raises ValueError for a rope type other than default, linear, llama3 and yarn.
+        """
+        frequencies, attention_factor = rope_frequencies(parameters, head_dim, max_positions)
+        angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
+        table = torch.cat((angles.cos(), angles.sin()), dim=-1) * attention_factor
+        return cls(table.to(device))
+
+
+def rope_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """Angle per position of each rotated pair, [rotary_dim / 2] float32, and the factor on cosines and sines.
+
+    The formulas of ``transformers.modeling_rope_utils``. Raises ValueError for an unknown rope type.
+    """
+    kind = parameters.get("rope_type", "default")
+    theta = float(parameters["rope_theta"])
+    dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / parameters["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(frequencies, parameters), 1.0
+    if kind == "yarn":
+        return _yarn(frequencies, parameters, theta, max_positions)
+    raise ValueError(f"rope type {kind!r} is not supported; use default, linear, llama3 or yarn")
+
+
+def _llama3(frequencies: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+    """Long wavelengths are stretched by the factor, short ones stay, those between go over smoothly (Llama 3.1)."""
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / parameters["factor"] + kept * frequencies
+
+
+def _yarn(frequencies: Tensor, parameters: Mapping[str, Any], theta: float, max_positions: int) -> tuple[Tensor, float]:
+    """Frequencies and attention factor of YaRN (arXiv 2309.00071), with DeepSeek's ``mscale``."""
+    original = parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor") or max_positions / original
+    dim = 2 * len(frequencies)
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = pair_that_turns(parameters.get("beta_fast") or 32)
+    high = pair_that_turns(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)
+    stretched = ramp.clamp(0, 1)
+    return frequencies / factor * stretched + frequencies * (1 - stretched), _yarn_attention_factor(parameters, factor)
+
+
+def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
+    def magnitude(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+    scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return magnitude(scale) / magnitude(scale_all) if scale and scale_all else magnitude(1.0)
+
+
+def rope_write(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotates queries and keys, writes keys and values to the cache, and returns the queries [tokens, heads, head_dim].
+
+    qkv: [tokens, (heads + 2 * kv_heads) * head_dim], contiguous, queries first; it may be overwritten, and the result
+    may be a view of it. positions: [tokens] int64. table: ``RopeTable.cos_sin``. cache: [2, kv_heads, blocks,
+    block_size, head_dim] of qkv's dtype. slots: [tokens] int64, -1 for tokens that are not written. q_norm, k_norm:
+    [head_dim] weights of an RMSNorm of each query and key head before the rotation (Qwen3).
+    """
+    return rope_write_reference(qkv, positions, table, cache, slots, heads, q_norm, k_norm, eps)
+
+
+def rope_write_reference(
+    qkv: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The definition of ``rope_write``; rotates in float32 and rounds once."""
+    _, kv_heads, blocks, block_size, head_dim = cache.shape
+    each = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
+    queries_keys, values = each[:, : heads + kv_heads], each[:, heads + kv_heads :]
+    if q_norm is not None and k_norm is not None:
+        queries, keys = queries_keys.split((heads, kv_heads), dim=1)
+        queries_keys = torch.cat((rms_norm_reference(queries, q_norm, eps), rms_norm_reference(keys, k_norm, eps)), 1)
+    rotated = _rotate(queries_keys, table[positions])
+    flat = cache.view(2, kv_heads, blocks * block_size, head_dim)
+    keys = rotated[:, heads:]
+    written = slots >= 0
+    if not written.all():
+        slots, keys, values = slots[written], keys[written], values[written]
+    flat[0].index_copy_(1, slots, keys.transpose(0, 1))
+    flat[1].index_copy_(1, slots, values.transpose(0, 1))
+    return rotated[:, :heads]
+
+
+def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotates the first rotary_dim elements of x [tokens, heads, head_dim] by cos_sin [tokens, rotary_dim]."""
+    half = cos_sin.shape[-1] // 2
+    cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def rope_interleaved(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """Rotates the pairs of neighbours of x [tokens, heads, rotary_dim]; returns a new tensor of the same shape with the
+    pairs' first elements in its first half and their second elements in its second, as ``transformers`` has it for
+    DeepSeek (scores are the same in either order, so long as queries and keys agree).
+
+    positions: [tokens] int64; table: ``RopeTable.cos_sin``.
+    """
+    return rope_interleaved_reference(x, positions, table)
+
+
+def rope_interleaved_reference(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """The definition of ``rope_interleaved``; rotates in float32 and rounds once."""
+    return _rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1), table[positions])
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
