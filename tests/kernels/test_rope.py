@@ -17,7 +17,9 @@ from labkit.kernels.rope import (
     apply_rope,
     rope_angles,
     rope_interleaved_reference,
+    rope_interleaved_triton,
     rope_write_reference,
+    rope_write_triton,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,3 +135,53 @@ def test_rope_turns_pairs_by_position_times_frequency() -> None:
             turned = (x[row, :, pair].numpy() + 1j * x[row, :, pair + head_dim // 2].numpy()) * np.exp(1j * angle)
             np.testing.assert_allclose(found[row, :, pair], turned.real, atol=1e-3)
             np.testing.assert_allclose(found[row, :, pair + head_dim // 2], turned.imag, atol=1e-3)
+
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(
+    "tokens, heads, kv_heads, head_dim", [(3, 2, 1, 16), (1, 7, 1, 64), (2, 4, 4, 96), (3, 12, 2, 128)]
+)
+def test_the_kernel_does_what_the_reference_does(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype
+) -> None:
+    arguments = case(tokens, heads, kv_heads, head_dim, dtype=dtype)
+    if normed:
+        for seed, name in enumerate(("q_norm", "k_norm")):
+            arguments[name] = (1 + random(head_dim, seed=seed)).to(DEVICE, dtype)
+    ours = {**arguments, "qkv": arguments["qkv"].clone(), "cache": arguments["cache"].clone()}
+    tolerance = TOLERANCE[dtype]
+    expected = rope_write_reference(**arguments)
+    torch.testing.assert_close(rope_write_triton(**ours), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(ours["cache"], arguments["cache"], atol=tolerance, rtol=tolerance)
+
+
+def test_the_kernel_leaves_what_is_not_rotated() -> None:
+    arguments = case(3, 4, 2, 64, rotary=0.5)
+    assert arguments["table"].shape[-1] == 32
+    ours = {**arguments, "qkv": arguments["qkv"].clone(), "cache": arguments["cache"].clone()}
+    expected = rope_write_reference(**arguments)
+    torch.testing.assert_close(rope_write_triton(**ours), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours["cache"], arguments["cache"], atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernel_writes_no_padding_and_takes_no_tokens_at_all() -> None:
+    arguments = case(2, 4, 2, 16)
+    arguments["slots"] = torch.full_like(arguments["slots"], -1)
+    rope_write_triton(**arguments)
+    assert (arguments["cache"] == 7).all()
+    assert rope_write_triton(**case(0, 4, 2, 16)).shape == (0, 4, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, heads", [(2, 1), (3, 9)])
+def test_the_interleaved_kernel_takes_part_of_a_row(tokens: int, heads: int, dtype: torch.dtype) -> None:
+    x = random(tokens, heads, 96).to(DEVICE, dtype)[..., 32:]
+    positions = torch.tensor([0, 9, 500][:tokens], device=DEVICE)
+    table = RopeTable.build(TYPES["yarn of DeepSeek"], 64, 600, DEVICE).cos_sin
+    found, expected = rope_interleaved_triton(x, positions, table), rope_interleaved_reference(x, positions, table)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
