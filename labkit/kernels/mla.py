@@ -12,14 +12,22 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.metadata import AttentionMetadata
+from labkit.kernels.mla_decode import mla_decode_triton
+from labkit.kernels.mla_prefill import mla_prefill_triton
 
 
 def write_latent(cache: Tensor, latent: Tensor, rotary_key: Tensor, slots: Tensor) -> None:
-    """Puts latent [tokens, rank] and rotary_key [tokens, rotary] into a layer's cache at slots [tokens]; not at -1."""
-    write_latent_reference(cache, latent, rotary_key, slots)
+    """Puts latent [tokens, rank] and rotary_key [tokens, rotary] into a layer's cache at slots [tokens]; not at -1.
+
+    Dispatch: the kernel on CUDA, PyTorch elsewhere.
+    """
+    write = write_latent_triton if latent.is_cuda else write_latent_reference
+    write(cache, latent, rotary_key, slots)
 
 
 def write_latent_reference(cache: Tensor, latent: Tensor, rotary_key: Tensor, slots: Tensor) -> None:
@@ -27,6 +35,50 @@ def write_latent_reference(cache: Tensor, latent: Tensor, rotary_key: Tensor, sl
     kept = slots >= 0
     rows = torch.cat((latent[kept], rotary_key[kept]), dim=-1)
     cache.view(-1, cache.shape[-1]).index_copy_(0, slots[kept], rows)
+
+
+@triton.jit
+def _write_kernel(  # type: ignore[no-untyped-def]
+    cache,
+    latent,
+    rotary_key,
+    slots,
+    latent_stride,
+    rotary_stride,
+    RANK: tl.constexpr,
+    ROTARY: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+    ROTARY_PADDED: tl.constexpr,
+):
+    """One token."""
+    token = tl.program_id(0)
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
+    row = cache + slot * (RANK + ROTARY)
+    column, rotary = tl.arange(0, RANK_PADDED), tl.arange(0, ROTARY_PADDED)
+    tl.store(row + column, tl.load(latent + token * latent_stride + column, mask=column < RANK), mask=column < RANK)
+    key = tl.load(rotary_key + token * rotary_stride + rotary, mask=rotary < ROTARY)
+    tl.store(row + RANK + rotary, key, mask=rotary < ROTARY)
+
+
+def write_latent_triton(cache: Tensor, latent: Tensor, rotary_key: Tensor, slots: Tensor) -> None:
+    """``write_latent`` in one launch; the rows of latent and rotary_key may lie apart."""
+    tokens, rank = latent.shape
+    rotary = rotary_key.shape[1]
+    _write_kernel[(tokens,)](
+        cache,
+        latent,
+        rotary_key,
+        slots,
+        latent.stride(0),
+        rotary_key.stride(0),
+        RANK=rank,
+        ROTARY=rotary,
+        RANK_PADDED=triton.next_power_of_2(rank),
+        ROTARY_PADDED=triton.next_power_of_2(rotary),
+        num_warps=1,
+    )
 
 
 def mla_attention(queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
@@ -59,9 +111,12 @@ def mla_decode(
 
     absorbed: [sequences, heads, rank], a query times its head's key expansion; rotated: [sequences, heads, rotary];
     block_tables: [sequences, widest]; contexts: [sequences], 0 for padding, whose rows come out as zeros. ``scale`` is
-    that of the expanded queries.
+    that of the expanded queries. Dispatch: the kernel on CUDA if its tiles fit; PyTorch, which reads the contexts back
+    and so cannot be part of a CUDA graph, elsewhere.
     """
-    return mla_decode_reference(absorbed, rotated, cache, block_tables, contexts, scale)
+    on_gpu = absorbed.is_cuda and _tiles_fit(absorbed.shape[2], rotated.shape[2])
+    decode = mla_decode_triton if on_gpu else mla_decode_reference
+    return decode(absorbed, rotated, cache, block_tables, contexts, scale)
 
 
 def mla_decode_reference(
@@ -83,9 +138,12 @@ def mla_prefill(
     """Causal attention of the sequences past ``meta.decodes`` over their expanded keys and values, into ``out``.
 
     queries: [tokens, heads, nope + rotary] and out: [tokens, heads, value] of the whole stream. The sizes come from the
-    host's lists, so this cannot be part of a CUDA graph.
+    host's lists, so this cannot be part of a CUDA graph. Dispatch: the kernel on CUDA if its tiles fit, SDPA elsewhere.
     """
-    mla_prefill_reference(queries, kv_b, cache, meta, scale, out)
+    rotary = cache.shape[-1] - kv_b.shape[1]
+    on_gpu = queries.is_cuda and _tiles_fit(queries.shape[2] - rotary, rotary, out.shape[2])
+    prefill = mla_prefill_triton if on_gpu else mla_prefill_reference
+    prefill(queries, kv_b, cache, meta, scale, out)
 
 
 def mla_prefill_reference(
@@ -116,3 +174,8 @@ def _gather(cache: Tensor, block_table: Tensor, length: int, rank: int) -> tuple
     used = -(-length // block_size)
     rows = cache.view(blocks, block_size, width).index_select(0, block_table[:used]).view(-1, width)[:length]
     return rows[:, :rank], rows[:, rank:]
+
+
+def _tiles_fit(*widths: int) -> bool:
+    """Whether the kernels can have tiles this wide."""
+    return all(width >= 16 and width & (width - 1) == 0 for width in widths)

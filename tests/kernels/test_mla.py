@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
-from labkit.kernels import mla
+from labkit.kernels import mla, mla_prefill
 from labkit.kernels.metadata import AttentionMetadata
+from labkit.kernels.mla_decode import mla_decode_triton
+from labkit.kernels.mla_prefill import mla_prefill_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCES = [(torch.float32, 2e-5), (torch.float16, 3e-3)]
+if DEVICE == "cuda":  # the interpreter cannot multiply bfloat16
+    TOLERANCES.append((torch.bfloat16, 2e-2))
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,71 @@ def test_attention_is_that_of_the_expanded_keys(lengths: list[tuple[int, int]], 
     close(found, case.expected, 2e-5)
 
 
-def test_padding_is_not_written() -> None:
-    cache = torch.zeros(1, 1, 3, 4, 6, device=DEVICE)
-    latent = torch.randn(5, 4, device=DEVICE)
-    rotary_key = torch.randn(5, 2, device=DEVICE)
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(heads=18, rank=32, block_size=3)])
+def test_the_decode_kernel_agrees(sizes: Sizes, splits: int, dtype: torch.dtype, tolerance: float) -> None:
+    case = make([(1, 1), (1, 15), (1, 16), (1, 17), (1, 0), (1, 63), (1, 64), (1, 65), (1, 400)], sizes, dtype)
+    found = by_kernels(case, sizes, splits)
+    close(found, case.expected, tolerance)
+
+
+def test_the_decode_kernel_agrees_at_full_width() -> None:
+    sizes = Sizes(heads=16, rank=512, nope=128, rotary=64, value=128)
+    dtype, tolerance = TOLERANCES[-1]
+    case = make([(1, 70), (1, 300)], sizes, dtype)
+    close(by_kernels(case, sizes, 2), case.expected, tolerance)
+
+
+def by_kernels(case: Case, sizes: Sizes, splits: int | None) -> torch.Tensor:
+    """Decoding with the kernel, the products around it in float32."""
+    weight = case.kv_b.float().view(sizes.heads, -1, sizes.rank)
+    plain, rotated = case.queries.split((sizes.nope, sizes.rotary), dim=-1)
+    absorbed = torch.einsum("shn,hnr->hsr", plain.float(), weight[:, : sizes.nope]).to(plain.dtype).transpose(0, 1)
+    meta = case.meta
+    found = mla_decode_triton(absorbed, rotated, case.cache, meta.block_tables, meta.contexts, case.scale, splits)
+    assert found.dtype == case.queries.dtype
+    return torch.einsum("shr,hvr->shv", found.float(), weight[:, sizes.nope :])
+
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(15, 15), (16, 16), (17, 17)],
+        [(1, 3), (1, 5), (127, 127), (2, 140)],
+        [(65, 129), (129, 200)],
+    ],
+)
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(heads=1, nope=32, value=64, block_size=3)])
+def test_the_prefill_kernel_agrees(
+    sizes: Sizes, lengths: list[tuple[int, int]], dtype: torch.dtype, tolerance: float
+) -> None:
+    case = make(lengths, sizes, dtype)
+    out = torch.zeros(*case.queries.shape[:2], sizes.value, dtype=dtype, device=DEVICE)
+    mla_prefill_triton(case.queries, case.kv_b, case.cache, case.meta, case.scale, out)
+    decodes = case.meta.decodes
+    assert not out[:decodes].any()
+    close(out[decodes:], case.expected[decodes:], tolerance)
+
+
+def test_heads_are_expanded_in_turns_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla_prefill, "EXPANDED_BYTES", 20 * 32 * 4 * 2)
+    sizes = Sizes(heads=5)
+    case = make([(3, 20)], sizes)
+    out = torch.zeros(3, 5, sizes.value, device=DEVICE)
+    mla_prefill_triton(case.queries, case.kv_b, case.cache, case.meta, case.scale, out)
+    close(out, case.expected, 2e-5)
+
+
+@pytest.mark.parametrize("write", [mla.write_latent_triton, mla.write_latent_reference])
+@pytest.mark.parametrize("rank, rotary", [(4, 2), (12, 3)])
+def test_padding_is_not_written(write: Callable[..., None], rank: int, rotary: int) -> None:
+    cache = torch.zeros(1, 1, 3, 4, rank + rotary, device=DEVICE)
+    latent, rotary_key = torch.randn(5, rank + rotary, device=DEVICE).split((rank, rotary), dim=-1)
     slots = torch.tensor([9, -1, 0, 3, -1], device=DEVICE)
-    mla.write_latent(cache, latent, rotary_key, slots)
-    rows = cache.view(12, 6)
+    write(cache, latent, rotary_key, slots)
+    rows = cache.view(12, -1)
     for token, slot in ((0, 9), (2, 0), (3, 3)):
         assert torch.equal(rows[slot], torch.cat((latent[token], rotary_key[token])))
         rows[slot] = 0
