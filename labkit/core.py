@@ -15,8 +15,8 @@ from labkit.deployment import Deployment
 from labkit.models.loading import open_checkpoint
 from labkit.request import EngineStats, FinishReason, SamplingParams, TokenOutput
 from labkit.runner.blocks import BlockManager
-from labkit.runner.runner import Runner, Sampled
-from labkit.runner.sequence import Sequence, Work
+from labkit.runner.runner import Launched, Runner
+from labkit.runner.sequence import PLACEHOLDER, Sequence, Work
 
 
 class EngineCore(Protocol):
@@ -61,10 +61,15 @@ class LabkitCore:
         self.runner = Runner(checkpoint, deployment)
         self.max_context = self.runner.max_context
         self.vocab_size = checkpoint.shape.vocab_size
-        self._queues = Queues(BlockManager(self.runner.blocks), deployment.kv_block_size, deployment.max_batch)
+        self._queues = Queues(
+            BlockManager(self.runner.blocks), deployment.kv_block_size, deployment.max_batch, deployment.prefix_cache
+        )
         self._sequences: dict[int, Sequence] = {}
         self._refused: list[TokenOutput] = []
         self._clock = clock
+        self._in_flight: Launched | None = None
+        asynchronous = deployment.async_scheduling
+        self._asynchronous = self.runner.device.type == "cuda" if asynchronous is None else asynchronous
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._busy_s = 0.0
 
@@ -89,27 +94,39 @@ class LabkitCore:
 
     def cancel(self, request_id: int) -> None:
         if request_id in self._sequences:
-            self._queues.leave(self._sequences.pop(request_id))
+            sequence = self._sequences.pop(request_id)
+            # A step in flight may yet write to its blocks; whoever gets them next writes later, for steps run in order.
+            sequence.ended = True
+            self._queues.leave(sequence)
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._refused)
+        return bool(self._sequences or self._refused or self._in_flight)
 
     def wait_s(self) -> float:
-        return 0.0 if self._refused else wait_s(self._queues, self.deployment, self._clock())
+        return 0.0 if self._refused or self._in_flight else wait_s(self._queues, self.deployment, self._clock())
 
     def step(self) -> list[TokenOutput]:
-        """One step: what the policy picks is run, and what came out is booked."""
-        outputs, self._refused = self._refused, []
-        work = schedule(self._queues, self.deployment, self._clock())
-        if not work:
-            return outputs
+        """One step: what the policy picks is launched, and what came out of the step before is booked.
+
+        Without asynchronous scheduling a step is booked in the call that launches it.
+        """
         began = time.perf_counter()
-        try:
-            outputs += self._book(work, self.runner.run(work))
-        except (MemoryError, RuntimeError) as error:
-            outputs += self._give_up(work, error)
-        self._steps += 1
-        self._busy_s += time.perf_counter() - began
+        outputs, self._refused = self._refused, []
+        before, self._in_flight = self._in_flight, None
+        work = schedule(self._queues, self.deployment, self._clock())
+        if work:
+            try:
+                self._in_flight = self._launch(work)
+            except (MemoryError, RuntimeError) as error:
+                outputs += self._give_up(work, error)
+            self._steps += 1
+        if before is not None:
+            outputs += self._book(before)
+        if self._in_flight is not None and not self._asynchronous:
+            outputs += self._book(self._in_flight)
+            self._in_flight = None
+        if work or before is not None:
+            self._busy_s += time.perf_counter() - began
         return outputs
 
     def stats(self) -> EngineStats:
@@ -123,32 +140,45 @@ class LabkitCore:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=queues.preemptions,
+            cached_tokens=queues.cached_tokens,
             busy_s=self._busy_s,
         )
 
     def warm_up(self) -> None:
         self.runner.warm_up()
 
-    def _book(self, work: list[Work], sampled: list[Sampled]) -> list[TokenOutput]:
+    def _launch(self, work: list[Work]) -> Launched:
+        """Launches a step and counts it as done, so that the next can be scheduled before its tokens are known."""
+        launched = self.runner.launch(work)
         for sequence, tokens in work:
             sequence.computed += tokens
-        outputs = []
-        for sequence, token, logprob in sampled:
+        for sequence in launched.sampled:
             if len(sequence.tokens) == sequence.prompt_len:
                 self._prompt_tokens += sequence.prompt_len
-            sequence.tokens.append(token)
+            sequence.tokens.append(PLACEHOLDER)
+        return launched
+
+    def _book(self, launched: Launched) -> list[TokenOutput]:
+        """Puts a step's tokens where their placeholders are, and ends who is to end."""
+        outputs = []
+        for sequence, token, logprob in launched.wait():
+            if sequence.ended:
+                continue
+            place = sequence.known
+            sequence.tokens[place] = token
+            sequence.known += 1
             self._generated_tokens += 1
-            reason = self._finish_reason(sequence)
+            reason = self._finish_reason(sequence, place)
             if reason:
                 self.cancel(sequence.request_id)
             logprobs = (logprob,) if logprob else ()
             outputs.append(TokenOutput(sequence.request_id, (token,), logprobs, reason))
         return outputs
 
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.tokens[-1] in self.eos_token_ids and not sequence.sampling.ignore_eos:
+    def _finish_reason(self, sequence: Sequence, last: int) -> FinishReason | None:
+        if sequence.tokens[last] in self.eos_token_ids and not sequence.sampling.ignore_eos:
             return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
+        return "length" if last + 1 >= sequence.limit else None
 
     def _give_up(self, work: list[Work], error: Exception) -> list[TokenOutput]:
         """Ends the requests that took too much memory: those with prompts in the step, or else all of it.

@@ -24,8 +24,11 @@ class Deployment:
     """``transformers`` serves with ``generate`` in static padded batches, ``labkit`` with this project's engine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["eager", "sdpa"] = "sdpa"
-    """``eager`` materialises the scores (``transformers`` engine only), ``sdpa`` is PyTorch's fused kernels."""
+    random_weights: bool = False
+    """Whether the weights are made up, so that the speed of a shape can be measured where its weights cannot be had."""
+    attention: Literal["eager", "sdpa", "triton"] = "triton"
+    """``eager`` materialises the scores (``transformers`` engine only), ``sdpa`` is PyTorch's fused kernels, ``triton``
+    this project's kernels, which read the paged KV cache where it lies (on CUDA; elsewhere the same as ``sdpa``)."""
     batching: Literal["static", "dynamic", "continuous"] = "continuous"
     """Static: whatever waits, up to ``max_batch``, runs to its end. Dynamic: the same, after waiting up to
     ``batch_window_ms`` for a full batch. Continuous: requests join and leave at every step."""
@@ -43,6 +46,12 @@ class Deployment:
     """KV blocks in all; None sizes them from the memory that is free."""
     max_context: int | None = None
     """Most tokens of prompt and answer together; None takes the model's own limit."""
+    prefix_cache: bool = False
+    """Whether KV blocks of prompts that begin alike are computed once and shared."""
+    cuda_graphs: bool = True
+    """Whether steps are replayed from captured CUDA graphs instead of launched kernel by kernel (CUDA only)."""
+    async_scheduling: bool | None = None
+    """Whether the next step is prepared and launched while the device computes this one. None: on CUDA."""
     max_queue: int | None = None
     """Requests that may wait before new ones are refused with 429; None admits all."""
     transport: Literal["http/1.1"] = "http/1.1"
@@ -53,6 +62,10 @@ class Deployment:
             value, hint = getattr(self, field.name), hints[field.name]
             if getattr(hint, "__origin__", None) is Literal and value not in get_args(hint):
                 raise ValueError(f"{field.name} must be one of {', '.join(get_args(hint))}; got {value!r}")
+            if hint is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be true or false; got {value!r}")
+        if self.async_scheduling not in (None, True, False):
+            raise ValueError(f"async_scheduling must be true, false or absent; got {self.async_scheduling!r}")
         least_of = {"max_batch": 1, "token_budget": 1, "kv_block_size": 1, "kv_blocks": 1, "max_context": 2}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -63,7 +76,9 @@ class Deployment:
         if not 0 <= self.batch_window_ms <= 60_000:
             raise ValueError(f"batch_window_ms must be between 0 and 60000; got {self.batch_window_ms!r}")
         if self.engine == "labkit" and self.attention == "eager":
-            raise ValueError("attention 'eager' belongs to the transformers engine; the labkit engine takes 'sdpa'")
+            raise ValueError("attention 'eager' belongs to the transformers engine; use 'sdpa' or 'triton'")
+        if self.engine == "transformers" and self.attention == "triton":
+            raise ValueError("attention 'triton' belongs to the labkit engine; use 'eager' or 'sdpa'")
         if self.engine == "transformers" and self.batching != "static":
             raise ValueError("the transformers engine batches statically; batching must be 'static'")
 
@@ -79,6 +94,9 @@ class Deployment:
             batching="static",
             max_batch=32,
             chunked_prefill=False,
+            prefix_cache=False,
+            cuda_graphs=False,
+            async_scheduling=False,
         )
         return replace(first, **knobs)
 

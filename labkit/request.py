@@ -71,6 +71,8 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had, and that were not computed."""
     busy_s: float = 0.0
 
     @property

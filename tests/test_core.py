@@ -46,6 +46,11 @@ def answers(engine: LabkitCore) -> dict[int, list[int]]:
         {"batching": "static", "max_batch": 8},
         {"batching": "static", "max_batch": 50, "kv_blocks": 60, "token_budget": 33},
         {"batching": "dynamic", "max_batch": 7},
+        {"async_scheduling": True},
+        {"async_scheduling": True, "token_budget": 33, "kv_blocks": 60},
+        {"async_scheduling": True, "chunked_prefill": False, "kv_blocks": 70, "token_budget": 50},
+        {"async_scheduling": True, "batching": "static", "max_batch": 8},
+        {"async_scheduling": True, "prefix_cache": True, "token_budget": 100, "kv_blocks": 200, "kv_block_size": 5},
     ],
     ids=str,
 )
@@ -60,10 +65,13 @@ def test_greedy_answers_equal_those_of_transformers(tiny_model: Path, greedy_cas
     assert engine.stats().prompt_tokens == sum(len(case.prompt_ids) for case in greedy_cases)
 
 
-def test_answers_do_not_depend_on_who_comes_and_goes(tiny_model: Path, greedy_cases: Any) -> None:
+@pytest.mark.parametrize("knobs", [{}, {"async_scheduling": True, "prefix_cache": True}], ids=str)
+def test_answers_do_not_depend_on_who_comes_and_goes(
+    tiny_model: Path, greedy_cases: Any, knobs: dict[str, Any]
+) -> None:
     """Requests arrive and are cancelled at random while others run; those that stay answer as if alone."""
     chance = random.Random(1)
-    engine, found, cancelled = core(tiny_model, kv_blocks=64, token_budget=40, max_batch=12), {}, set()
+    engine, found, cancelled = core(tiny_model, kv_blocks=64, token_budget=40, max_batch=12, **knobs), {}, set()
     waiting = list(enumerate(greedy_cases))
     while waiting or engine.has_work():
         if waiting and chance.random() < 0.4:
@@ -85,8 +93,9 @@ def test_answers_do_not_depend_on_who_comes_and_goes(tiny_model: Path, greedy_ca
             assert found[request_id] == case.answer_ids
 
 
-def test_the_end_of_sequence_ends_an_answer(tiny_model: Path, greedy_cases: Any) -> None:
-    engine = core(tiny_model)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_end_of_sequence_ends_an_answer(tiny_model: Path, greedy_cases: Any, asynchronous: bool) -> None:
+    engine = core(tiny_model, async_scheduling=asynchronous)
     engine.eos_token_ids = frozenset({2, 300, 301})
     for request_id, case in enumerate(greedy_cases):
         engine.add(request_id, case.prompt_ids, SamplingParams(max_tokens=64))
@@ -122,7 +131,7 @@ def test_seeded_samples_survive_batching_chunks_and_preemption(tiny_model: Path,
     for i, params in enumerate(sampling):
         engine.add(i, greedy_cases[i].prompt_ids, params)
         alone |= answers(engine)
-    together = core(tiny_model, kv_blocks=30, token_budget=60)
+    together = core(tiny_model, kv_blocks=30, token_budget=60, async_scheduling=True)
     for i, params in enumerate(sampling):
         together.add(i, greedy_cases[i].prompt_ids, params)
     assert answers(together) == alone
@@ -251,6 +260,28 @@ def test_a_dynamic_batch_waits_for_its_window_on_the_clock(tiny_model: Path) -> 
     now[0] = 100.051
     assert engine.wait_s() == 0
     assert [output.request_id for output in engine.step()] == [0, 1]
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_read(tiny_model: Path, greedy_cases: Any) -> None:
+    engine = core(tiny_model, async_scheduling=True)
+    engine.add(0, greedy_cases[0].prompt_ids, SamplingParams(max_tokens=3, ignore_eos=True))
+    assert engine.step() == [], "the prompt's step is under way"
+    assert engine.step()[0].token_ids == tuple(greedy_cases[0].answer_ids[:1])
+    assert engine.stats().steps == 2
+    engine.step()
+    (last,) = engine.step()
+    assert last.finish_reason == "length" and not engine.has_work()
+    assert engine.stats().steps == 3, "whose length is known in advance takes no step too many"
+
+
+def test_the_prefix_cache_saves_what_prompts_have_in_common(tiny_model: Path, greedy_cases: Any) -> None:
+    case = next(each for each in greedy_cases if len(each.prompt_ids) == 400)
+    engine = core(tiny_model, prefix_cache=True, async_scheduling=True)
+    for request_id in range(3):
+        engine.add(request_id, case.prompt_ids, GREEDY)
+        assert answers(engine) == {request_id: case.answer_ids}
+    assert engine.stats().cached_tokens == 2 * 384, "all full blocks but for the last prompt token"
+    assert engine.stats().kv_blocks_used == 0
 
 
 def test_stats_tell_what_happens(tiny_model: Path) -> None:

@@ -19,13 +19,20 @@ pytestmark = [
 ]
 
 GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)
-POLICIES: list[dict[str, Any]] = [
+PLAIN: dict[str, Any] = {"attention": "sdpa", "cuda_graphs": False, "async_scheduling": False}
+KNOBS: list[dict[str, Any]] = [
+    PLAIN | {"batching": "static"},
+    PLAIN | {"batching": "dynamic"},
+    PLAIN | {"batching": "continuous", "chunked_prefill": False},
+    PLAIN,
+    PLAIN | {"token_budget": 333, "kv_blocks": 1200},
+    PLAIN | {"attention": "triton"},
+    PLAIN | {"attention": "triton", "async_scheduling": True},
+    {},
     {"batching": "static"},
-    {"batching": "dynamic"},
-    {"batching": "continuous", "chunked_prefill": False},
-    {"batching": "continuous"},
-    {"batching": "continuous", "token_budget": 333},
-    {"batching": "continuous", "kv_blocks": 1200},
+    {"chunked_prefill": False, "kv_block_size": 64},
+    {"token_budget": 333, "kv_blocks": 1200, "max_batch": 21},
+    {"prefix_cache": True, "token_budget": 500, "kv_blocks": 1200},
 ]
 
 
@@ -64,29 +71,54 @@ def exact(prompts: list[list[int]]) -> list[list[int]]:
     return reference(prompts, torch.float32)[0]
 
 
-@pytest.mark.parametrize("knobs", POLICIES, ids=lambda knobs: "-".join(map(str, knobs.values())))
-def test_float32_equals_transformers_under_every_policy(
+@pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: "-".join(f"{k}:{v}" for k, v in knobs.items()) or "all on")
+def test_float32_equals_transformers_whatever_the_knobs(
     prompts: list[list[int]], exact: list[list[int]], knobs: dict[str, Any]
 ) -> None:
     engine = Engine(Deployment(device="cuda", dtype="float32", **knobs))
     found = [list(completion.token_ids) for completion in engine.generate(prompts, GREEDY)]
     assert found == exact
-    assert engine.core.stats().kv_blocks_used == 0
+    stats = engine.core.stats()
+    assert stats.kv_blocks_used == 0
+    assert (stats.preemptions > 0) == ("kv_blocks" in knobs)
 
 
-def test_bfloat16_differs_only_where_the_choice_is_a_tie(prompts: list[list[int]]) -> None:
-    answers, model = reference(prompts, torch.bfloat16)
-    engine = Engine(Deployment(device="cuda", dtype="bfloat16"))
-    found = [list(completion.token_ids) for completion in engine.generate(prompts, GREEDY)]
-    for prompt, ours, theirs in zip(prompts, found, answers, strict=True):
-        if ours == theirs:
-            continue
-        first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+def ledger_prompts(engine: Engine, count: int, seed: int) -> list[list[int]]:
+    """``count`` ledger problems, three in five of them short."""
+    shares = dict(zip(BUCKETS, (0.6, 0.3, 0.1), strict=True))
+    problems = [make_problem(seed, i, bucket) for bucket, share in shares.items() for i in range(round(share * count))]
+    chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+    texts = [engine.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    return [engine.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def test_everything_on_in_bfloat16_chooses_as_transformers_but_for_ties() -> None:
+    """64 tokens to each of 200 problems. Where the two differ, the first difference is a choice between logits that
+    bfloat16 cannot tell apart: transformers computes the same tokens' logits, and its favourite leads by at most the
+    rounding of both."""
+    from transformers import AutoModelForCausalLM
+
+    engine = Engine(Deployment(device="cuda", dtype="bfloat16", prefix_cache=True))
+    prompts = ledger_prompts(engine, 200, seed=21)
+    answers = [list(completion.token_ids) for completion in engine.generate(prompts, GREEDY)]
+    reference = AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype=torch.bfloat16, attn_implementation="sdpa")
+    reference = reference.cuda().eval()
+    ties, widest = 0, 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + ours[:first]], device="cuda")).logits[0, -1].float()
-        gap = (logits[theirs[first]] - logits[ours[first]]).abs().item()
-        # bfloat16 keeps 8 significant bits; two roundings of a logit of this size may differ by so much
-        assert gap <= 4 * logits.abs().max().item() * 2**-8, (first, gap)
+            logits = reference(torch.tensor([prompt + answer], device="cuda")).logits[0, len(prompt) - 1 : -1].float()
+        theirs, ours = logits.argmax(-1), torch.tensor(answer, device="cuda")
+        if torch.equal(theirs, ours):
+            continue
+        first = int((theirs != ours).nonzero()[0])
+        lead, chosen = logits[first, theirs[first]].item(), logits[first, ours[first]].item()
+        ties += 1
+        # bfloat16 keeps 8 significant bits, so rounding moves each of the two logits by up to 2**-8 of itself
+        in_roundings = (lead - chosen) / (2**-8 * (abs(lead) + abs(chosen)))
+        widest = max(widest, in_roundings)
+        assert in_roundings <= 1, (first, lead, chosen)
+    print(f"{ties} of {len(prompts)} answers part at a tie, the widest of {widest:.2f} roundings")
+    assert ties < len(prompts) / 10
 
 
 def test_answers_are_right_in_bfloat16() -> None:
@@ -125,7 +157,9 @@ def test_the_decode_batch_attends_right(heads: int, kv_heads: int) -> None:
     cache = torch.randn(2, kv_heads, 256, 16, 64, device="cuda")
     tables = torch.randperm(256, device="cuda")[: 6 * 32].view(6, 32)
     queries = torch.randn(6, heads, 64, device="cuda")
-    found = attention._decode_batch(queries, cache, tables, torch.tensor(contexts, device="cuda"), max(contexts))
+    found = attention._decode_batch(
+        queries, cache, tables, torch.tensor(contexts, device="cuda"), max(contexts), 64**-0.5
+    )
     for row, length in enumerate(contexts):
         keys, values = (cache[half][:, tables[row]].flatten(1, 2)[:, :length].double() for half in (0, 1))
         keys, values = (each.repeat_interleave(heads // kv_heads, 0) for each in (keys, values))

@@ -29,10 +29,20 @@ class Rung:
     knob: str = ""
 
 
+CUDA_STEPS: list[tuple[str, str, Any, str]] = [
+    ("bfloat16", "dtype", "bfloat16", "half the bytes to move, and Tensor Cores"),
+    ("own attention kernels", "attention", "triton", "keys and values are read where they lie in the paged cache"),
+    ("CUDA graphs", "cuda_graphs", True, "one launch for a step's hundreds of kernels"),
+    ("asynchronous scheduling", "async_scheduling", True, "the next step is prepared while the GPU computes this one"),
+    ("prefix cache", "prefix_cache", True, "what prompts have in common at their beginning is computed once"),
+]
+
+
 def ladder(model: str = SHIPPED_MODEL, device: str = "cpu", **knobs: Any) -> list[Rung]:
     """The rungs in order; each differs from the one before in exactly one knob. ``knobs`` hold all the way up.
 
-    bfloat16 is a rung only on ``device`` "cuda": few CPUs compute in it faster than in float32.
+    What only a GPU can do is a rung only on ``device`` "cuda"; bfloat16 is too, for few CPUs compute in it faster than in
+    float32.
     """
     first = Deployment.as_first_deployed(model, device=device, **knobs)
     steps: list[tuple[str, str, Any, str]] = [
@@ -54,7 +64,7 @@ def ladder(model: str = SHIPPED_MODEL, device: str = "cpu", **knobs: Any) -> lis
         ("larger batches", "max_batch", 256, "the batch is bounded by memory and not by a constant"),
     ]
     if device == "cuda":
-        steps.append(("bfloat16", "dtype", "bfloat16", "half the bytes to move, and Tensor Cores"))
+        steps += CUDA_STEPS
     rungs = [Rung("as first deployed", first, "transformers generate, eager attention, float32, static batches of 32")]
     for name, knob, value, why in steps:
         before = rungs[-1].deployment

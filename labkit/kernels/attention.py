@@ -7,12 +7,15 @@ blocks of one sequence, once gathered, lie contiguous per head, which is what th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from labkit.kernels.attention_decode import decode_attention
+from labkit.kernels.attention_prefill import prefill_attention
+from labkit.kernels.metadata import AttentionMetadata
 
 DECODE_BATCH_TOKENS = 2**18
 """Most tokens, padding included, whose keys and values are gathered at once for decoding on CUDA: half a GB at 7B."""
@@ -22,30 +25,6 @@ DECODE_BATCH_TOKENS = 2**18
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-@dataclass(frozen=True)
-class AttentionMetadata:
-    """Where the sequences lie in the token stream and in the KV cache. Sequences with one new token come first.
-
-    Lengths are Python lists, for loops and shapes need them on the host, and reading them from a GPU would stall it.
-    """
-
-    query_lens: list[int]
-    """New tokens of each sequence in this step."""
-    context_lens: list[int]
-    """Tokens of each sequence in the cache once this step's are written."""
-    contexts: Tensor
-    """[sequences] int64: the same, on the device."""
-    block_tables: Tensor
-    """[sequences, widest] int64: the cache blocks of each sequence; entries past its context are any valid block."""
-    slots: Tensor
-    """[tokens] int64: where each new token's key and value go, block * block_size + offset."""
-
-    @property
-    def decodes(self) -> int:
-        """How many sequences, all at the front, have a single new token."""
-        return sum(1 for length in self.query_lens if length == 1)
-
-
 def write_kv(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Puts keys and values [tokens, kv_heads, head_dim] into a layer's cache at ``slots`` [tokens]."""
     flat = cache.view(2, cache.shape[1], -1, cache.shape[-1])
@@ -53,22 +32,43 @@ def write_kv(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None
     flat[1].index_copy_(1, slots, values.transpose(0, 1))
 
 
-def paged_attention(queries: Tensor, cache: Tensor, meta: AttentionMetadata) -> Tensor:
+def paged_attention(queries: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float | None = None) -> Tensor:
     """Attention of each new token over its sequence's cache up to and including itself, which must be written already.
 
-    queries: [tokens, heads, head_dim], heads a multiple of the cache's kv_heads; returns the same shape.
-    Dispatch: decodes one by one on the CPU, where padding costs more than calls, and in one padded batch on CUDA, where
-    launches cost more than padding; prefill chunks one by one on both.
+    queries: [tokens, heads, head_dim], heads a multiple of the cache's kv_heads; returns the same shape, contiguous.
+    ``scale`` of the scores is head_dim ** -0.5 if None.
+    Dispatch: this project's kernels on CUDA unless the metadata says no, PyTorch's everywhere else.
     """
-    out = torch.empty_like(queries)
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    if queries.is_cuda and meta.triton:
+        return paged_attention_triton(queries, cache, meta, scale)
+    return paged_attention_reference(queries, cache, meta, scale)
+
+
+def paged_attention_triton(queries: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
+    """Decodes in one kernel, chunks in another; nothing here depends on what the tensors hold."""
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    first = meta.decodes
+    if first:
+        decode_attention(queries[:first], cache, meta.block_tables[:first], meta.contexts[:first], scale, out[:first])
+    if len(meta.contexts) > first:
+        tables, contexts, starts = meta.block_tables[first:], meta.contexts[first:], meta.query_starts[first:]
+        prefill_attention(queries, cache, tables, contexts, starts, scale, out)
+    return out
+
+
+def paged_attention_reference(queries: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
+    """Decodes one by one on the CPU, where padding costs more than calls, and in one padded batch on CUDA, where
+    launches cost more than padding; chunks one by one on both."""
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     first = begin = meta.decodes if queries.is_cuda else 0
     for piece in _pieces(meta.context_lens[:first], DECODE_BATCH_TOKENS):
         longest = max(meta.context_lens[piece])
-        out[piece] = _decode_batch(queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest)
+        out[piece] = _decode_batch(queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest, scale)
     for i in range(first, len(meta.query_lens)):
         end = begin + meta.query_lens[i]
         keys, values = _gather(cache, meta.block_tables[i], meta.context_lens[i])
-        out[begin:end] = _attend(queries[begin:end], keys, values)
+        out[begin:end] = _attend(queries[begin:end], keys, values, scale)
         begin = end
     return out
 
@@ -82,7 +82,7 @@ def _gather(cache: Tensor, block_table: Tensor, length: int) -> tuple[Tensor, Te
     return keys, values
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
     """Attention of the last tokens of one sequence: queries [new, heads, head_dim], keys and values [kv_heads, length,
     head_dim]."""
     new, heads, head_dim = queries.shape
@@ -91,22 +91,22 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     grouped = queries.view(new, kv_heads, group, head_dim)
     if new == 1:
         # The query heads that share a key head act as that head's queries: no repetition, no mask.
-        out = F.scaled_dot_product_attention(grouped.permute(1, 0, 2, 3), keys[:, None], values[:, None])
+        out = F.scaled_dot_product_attention(grouped.permute(1, 0, 2, 3), keys[:, None], values[:, None], scale=scale)
         return out.view(1, heads, head_dim)
     if queries.is_cuda:
-        return _attend_on_cuda(queries, keys, values)
+        return _attend_on_cuda(queries, keys, values, scale)
     # Key heads take the batch dimension so that repeating them for their group is a stride of zero, not a copy.
     spread = (kv_heads, group, length, head_dim)
     keys, values = keys[:, None].expand(spread), values[:, None].expand(spread)
     spread_queries = grouped.permute(1, 2, 0, 3)
     if new == length:
-        out = F.scaled_dot_product_attention(spread_queries, keys, values, is_causal=True)
+        out = F.scaled_dot_product_attention(spread_queries, keys, values, is_causal=True, scale=scale)
     else:
-        out = _attend_past_and_new(spread_queries, keys, values)
+        out = _attend_past_and_new(spread_queries, keys, values, scale)
     return out.permute(2, 0, 1, 3).reshape(new, heads, head_dim)
 
 
-def _attend_on_cuda(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_on_cuda(queries: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
     """``_attend`` as one batch of repeated heads.
 
     With key heads as the batch, the memory-efficient kernel of torch 2.11 misreads a mask of 64 k + 1 rows.
@@ -117,12 +117,12 @@ def _attend_on_cuda(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     keys, values = (each.repeat_interleave(heads // kv_heads, dim=0)[None] for each in (keys, values))
     with sdpa_kernel(CUDA_BACKENDS):
         out = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=mask is None
+            queries.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
         )
     return out[0].transpose(0, 1)
 
 
-def _attend_past_and_new(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_past_and_new(queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention of the last tokens, in two calls that need no mask: over what was cached, and among themselves.
 
     A third faster than one call with a mask, on the CPU. queries: [kv_heads, group, new, head_dim], keys and values:
@@ -130,8 +130,8 @@ def _attend_past_and_new(queries: Tensor, keys: Tensor, values: Tensor) -> Tenso
     """
     past = keys.shape[2] - queries.shape[2]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    before, before_log_sum = flash(queries, keys[:, :, :past], values[:, :, :past], 0.0, False)
-    among, among_log_sum = flash(queries, keys[:, :, past:], values[:, :, past:], 0.0, True)
+    before, before_log_sum = flash(queries, keys[:, :, :past], values[:, :, :past], 0.0, False, scale=scale)
+    among, among_log_sum = flash(queries, keys[:, :, past:], values[:, :, past:], 0.0, True, scale=scale)
     share = torch.sigmoid(among_log_sum - before_log_sum)[..., None]
     return torch.lerp(before.float(), among.float(), share).to(queries.dtype)
 
@@ -154,7 +154,9 @@ def _pieces(context_lens: list[int], most: int) -> Iterator[slice]:
         yield slice(begin, len(context_lens))
 
 
-def _decode_batch(queries: Tensor, cache: Tensor, block_tables: Tensor, contexts: Tensor, longest: int) -> Tensor:
+def _decode_batch(
+    queries: Tensor, cache: Tensor, block_tables: Tensor, contexts: Tensor, longest: int, scale: float
+) -> Tensor:
     """One query token per sequence, padded to the longest context. queries: [sequences, heads, head_dim]."""
     sequences, heads, head_dim = queries.shape
     _, kv_heads, _, block_size, _ = cache.shape
@@ -163,6 +165,6 @@ def _decode_batch(queries: Tensor, cache: Tensor, block_tables: Tensor, contexts
     found = found.view(2, kv_heads, sequences, used * block_size, head_dim).transpose(1, 2)
     beyond = torch.arange(used * block_size, device=queries.device) >= contexts[:, None]
     grouped = queries.view(sequences, kv_heads, -1, head_dim)
-    scores = (grouped @ found[0].transpose(-1, -2)).float() * head_dim**-0.5
+    scores = (grouped @ found[0].transpose(-1, -2)).float() * scale
     shares = scores.masked_fill(beyond[:, None, None], float("-inf")).softmax(-1).to(queries.dtype)
     return (shares @ found[1]).view(sequences, heads, head_dim)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from labkit.errors import UserError
-from labkit.models.qwen2 import Qwen2Shape
+from labkit.models.shape import ModelShape
 
 CPU_SHARE = 0.3
 """Of the memory that is free on a CPU machine; the rest is for activations and for whatever else runs there."""
@@ -16,9 +16,9 @@ CUDA_SHARE = 0.9
 """Of a GPU's memory, weights and activations included."""
 
 
-def block_bytes(shape: Qwen2Shape, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(shape: ModelShape, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one KV block over all layers."""
-    return 2 * shape.layers * shape.kv_heads * block_size * shape.head_dim * dtype.itemsize
+    return shape.layers * shape.cache_planes * shape.cache_heads * block_size * shape.cache_width * dtype.itemsize
 
 
 def count_blocks(free_bytes: int, per_block: int, most_tokens: int, block_size: int) -> int:
@@ -40,12 +40,12 @@ def free_bytes(device: torch.device, activation_bytes: int) -> int:
     return int(CPU_SHARE * psutil.virtual_memory().available)
 
 
-def allocate(shape: Qwen2Shape, blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """One tensor a layer, [2, kv_heads, blocks, block_size, head_dim], of finite values.
+def allocate(shape: ModelShape, blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """One tensor a layer, [planes, heads, blocks, block_size, width] of ``shape``'s cache, of finite values.
 
     On the CPU the pages come zeroed from the operating system, which commits one only when it is first written.
     """
-    size = (2, shape.kv_heads, blocks, block_size, shape.head_dim)
+    size = (shape.cache_planes, shape.cache_heads, blocks, block_size, shape.cache_width)
     if device.type == "cpu":
         bits = np.uint32 if dtype.itemsize == 4 else np.uint16
         return [torch.from_numpy(np.zeros(size, bits)).view(dtype) for _ in range(shape.layers)]

@@ -1,62 +1,234 @@
-"""The inputs of one step: built with numpy, sent to the device in one copy."""
+"""The inputs of one step: built with numpy, sent to the device in one copy, taken apart there without copying."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.kernels.attention import AttentionMetadata
-from labkit.runner.sequence import Work
+from labkit.kernels.metadata import AttentionMetadata
+from labkit.kernels.sampling import COLDEST
+from labkit.runner.sampling import uniform
+from labkit.runner.sequence import PLACEHOLDER, Sequence, Work
+
+ALIGNMENT = 16
+"""Bytes to which every part of the packed inputs is aligned, as wide loads on a GPU want it."""
+
+
+class Size(NamedTuple):
+    """What a step is made of, padding included: sequences with one new token, then chunks and their tokens."""
+
+    decodes: int
+    chunks: int = 0
+    chunk_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + self.chunk_tokens
+
+    @property
+    def sequences(self) -> int:
+        return self.decodes + self.chunks
+
+
+def size_of(work: list[Work]) -> Size:
+    """The size without padding of work that lists shares of one token first."""
+    decodes = sum(1 for share in work if share.tokens == 1)
+    return Size(decodes, len(work) - decodes, sum(share.tokens for share in work[decodes:]))
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What the model needs for one step; all tensors int64 on the device."""
+    """What the model needs for one step, on the device."""
 
     token_ids: Tensor
-    """[tokens]"""
+    """[tokens] int64; ``-1 - row`` stands for the token last sampled for the sequence at that row of the tables."""
     positions: Tensor
-    """[tokens]"""
+    """[tokens] int64"""
+    slots: Tensor
+    """[tokens] int64: where keys and values go, block * block_size + offset; -1 for padding."""
+    rows: Tensor
+    """[sequences] int32: each sequence's row in the tables."""
+    contexts: Tensor
+    """[sequences] int32"""
+    query_starts: Tensor
+    """[sequences + 1] int32"""
+    sample_tokens: Tensor
+    """[samples] int64: where in the token stream the sampled positions are, in the order of the work."""
     sample_rows: Tensor
-    """[samples]: where in the token stream the sampled positions are, in the order of the work."""
-    attention: AttentionMetadata
+    """[samples] int64: their sequences' rows in the tables."""
+    temperature: Tensor
+    """[samples] float32; this and the four that follow are empty where every sample is the likeliest token."""
+    top_k: Tensor
+    """[samples] int32"""
+    top_p: Tensor
+    """[samples] float32"""
+    min_p: Tensor
+    """[samples] float32"""
+    uniforms: Tensor
+    """[samples] float64: a random number in [0, 1) for each."""
+    new_places: Tensor
+    """[new blocks] int64: where in the flattened block tables blocks were added."""
+    new_blocks: Tensor
+    """[new blocks] int32: which."""
 
 
-def pack(work: list[Work], block_size: int, device: torch.device) -> StepInputs:
-    """``work`` must list shares of one token first and own the blocks that its new tokens go to."""
-    starts = [share.sequence.computed for share in work]
-    lengths = [share.tokens for share in work]
-    contexts = [start + length for start, length in zip(starts, lengths, strict=True)]
-    ends = np.cumsum(lengths)
-    total = int(ends[-1])
-    token_ids: list[int] = []
-    for share, start, end in zip(work, starts, contexts, strict=True):
-        token_ids += share.sequence.tokens[start:end]
-    owner = np.repeat(np.arange(len(work)), lengths)
-    positions = np.arange(total) - (ends - lengths)[owner] + np.asarray(starts)[owner]
-    tables = _block_tables(work)
-    slots = tables[owner, positions // block_size] * block_size + positions % block_size
-    sample_rows = [int(end) - 1 for share, end in zip(work, ends, strict=True) if share.samples]
-    parts = (
-        np.asarray(token_ids),
-        positions,
-        slots,
-        np.asarray(sample_rows, np.int64),
-        np.asarray(contexts),
-        tables.ravel(),
+class BlockTables:
+    """The KV blocks of every running sequence, a row each, on the host and on the device.
+
+    Only blocks that were added since the last step travel. The last row belongs to nobody: padding points there.
+    """
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        self.host = np.zeros((rows + 1, width), np.int32)
+        self.device = torch.zeros((rows + 1, width), dtype=torch.int32, device=device)
+        self.nobody = rows
+
+    def take_new(self, sequences: list[Sequence]) -> tuple[list[int], list[int]]:
+        """Copies blocks that the tables lack to the host's side; returns their places and numbers for the device's."""
+        places: list[int] = []
+        numbers: list[int] = []
+        width = self.host.shape[1]
+        for sequence in sequences:
+            have, need = sequence.copied, len(sequence.blocks)
+            if have < need:
+                added = sequence.blocks[have:]
+                self.host[sequence.row, have:need] = added
+                places += range(sequence.row * width + have, sequence.row * width + need)
+                numbers += added
+                sequence.copied = need
+        return places, numbers
+
+
+def arrays(work: list[Work], size: Size, tables: BlockTables, block_size: int) -> dict[str, np.ndarray]:
+    """The parts of ``StepInputs`` on the host, padded to ``size``. ``work`` must list shares of one token first."""
+    sequences = [share.sequence for share in work]
+    places, numbers = tables.take_new(sequences)
+    decodes = size_of(work).decodes
+    ids = np.zeros(size.tokens, np.int64)
+    positions = np.zeros(size.tokens, np.int64)
+    rows = np.full(size.sequences, tables.nobody, np.int32)
+    contexts = np.zeros(size.sequences, np.int32)
+    starts = np.full(size.sequences + 1, size.decodes, np.int32)
+    owners = np.full(size.tokens, tables.nobody, np.int64)
+
+    ids[:decodes] = [_next_token(sequence) for sequence in sequences[:decodes]]
+    positions[:decodes] = [sequence.computed for sequence in sequences[:decodes]]
+    rows[:decodes] = owners[:decodes] = [sequence.row for sequence in sequences[:decodes]]
+    contexts[:decodes] = positions[:decodes] + 1
+    starts[: size.decodes] = np.arange(size.decodes)
+    at = size.decodes
+    for index, share in enumerate(work[decodes:], size.decodes):
+        begin, end = share.sequence.computed, share.sequence.computed + share.tokens
+        ids[at : at + share.tokens] = share.sequence.tokens[begin:end]
+        positions[at : at + share.tokens] = np.arange(begin, end)
+        owners[at : at + share.tokens] = rows[index] = share.sequence.row
+        contexts[index] = end
+        starts[index] = at
+        at += share.tokens
+    starts[size.decodes + len(work) - decodes :] = at
+
+    slots = tables.host[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    slots[owners == tables.nobody] = -1
+    sampled = [index for index, share in enumerate(work) if share.samples]
+    ends = np.concatenate((np.arange(decodes), starts[size.decodes + 1 : size.decodes + 1 + len(work) - decodes] - 1))
+    return {
+        "token_ids": ids,
+        "positions": positions,
+        "slots": slots,
+        "rows": rows,
+        "contexts": contexts,
+        "query_starts": starts,
+        "sample_tokens": ends[sampled].astype(np.int64),
+        "sample_rows": np.array([sequences[index].row for index in sampled], np.int64),
+        **_sampling_arrays([sequences[index] for index in sampled]),
+        "new_places": np.array(places, np.int64),
+        "new_blocks": np.array(numbers, np.int32),
+    }
+
+
+def _sampling_arrays(sampled: list[Sequence]) -> dict[str, np.ndarray]:
+    if all(sequence.sampling.temperature < COLDEST for sequence in sampled):
+        sampled = []
+    sampling = [sequence.sampling for sequence in sampled]
+    return {
+        "temperature": np.array([params.temperature for params in sampling], np.float32),
+        "top_k": np.array([params.top_k for params in sampling], np.int32),
+        "top_p": np.array([params.top_p for params in sampling], np.float32),
+        "min_p": np.array([params.min_p for params in sampling], np.float32),
+        "uniforms": np.array([uniform(sequence.seed, len(sequence.tokens)) for sequence in sampled], np.float64),
+    }
+
+
+class Mailbox:
+    """Sends the parts of a step to the device in one copy.
+
+    On CUDA two pinned buffers take turns, for the one of the step before may still be on its way.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        """``capacity``: bytes that the largest step takes, see ``capacity_bytes``."""
+        pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._arrays = [host.numpy() for host in self._hosts]
+        self._device = torch.zeros(capacity, dtype=torch.uint8, device=device) if pinned else None
+        self._turn = 0
+
+    def send(self, parts: dict[str, np.ndarray]) -> StepInputs:
+        """The parts on the device, good until the call after the next."""
+        self._turn ^= 1
+        array, end = self._arrays[self._turn], 0
+        for part, begin in zip(parts.values(), _offsets(parts), strict=True):
+            end = begin + part.nbytes
+            array[begin:end] = part.view(np.uint8)
+        if self._device is not None:
+            self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+        return self.where(parts)
+
+    def where(self, parts: dict[str, np.ndarray]) -> StepInputs:
+        """Where ``send`` puts parts of these sizes; on CUDA always at the same address, so that a captured graph finds
+        them."""
+        memory = self._hosts[self._turn] if self._device is None else self._device
+        found = {}
+        for (name, part), begin in zip(parts.items(), _offsets(parts), strict=True):
+            found[name] = memory[begin : begin + part.nbytes].view(TORCH_TYPES[part.dtype])
+        return StepInputs(**found)
+
+
+def _offsets(parts: dict[str, np.ndarray]) -> list[int]:
+    offsets, at = [], 0
+    for part in parts.values():
+        offsets.append(at)
+        at += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets
+
+
+TORCH_TYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+
+
+def capacity_bytes(tokens: int, sequences: int, blocks: int) -> int:
+    """Bytes of the packed inputs of at most so many tokens and sequences, and ``blocks`` KV blocks that are new."""
+    return 24 * tokens + 96 * sequences + 12 * blocks + 32 * ALIGNMENT
+
+
+def metadata(
+    inputs: StepInputs, tables: BlockTables, size: Size, lens: tuple[list[int], list[int]], triton: bool
+) -> AttentionMetadata:
+    """``lens``: new tokens and context of each sequence, for the host; empty where only the device reads."""
+    block_tables = tables.device.index_select(0, inputs.rows)
+    return AttentionMetadata(
+        *lens, inputs.contexts, inputs.query_starts, block_tables, inputs.slots, size.decodes, triton
     )
-    sent = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-    ids, places, slot, rows, context, table = sent.split([len(part) for part in parts])
-    meta = AttentionMetadata(lengths, contexts, context, table.view(tables.shape), slot)
-    return StepInputs(ids, places, rows, meta)
 
 
-def _block_tables(work: list[Work]) -> np.ndarray:
-    """[sequences, widest] int64, padded with block 0."""
-    tables = np.zeros((len(work), max(len(share.sequence.blocks) for share in work)), np.int64)
-    for row, share in zip(tables, work, strict=True):
-        row[: len(share.sequence.blocks)] = share.sequence.blocks
-    return tables
+def _next_token(sequence: Sequence) -> int:
+    token = sequence.tokens[sequence.computed]
+    return -1 - sequence.row if token == PLACEHOLDER else token

@@ -10,11 +10,13 @@ from torch import Tensor
 from labkit.deployment import Deployment
 from labkit.errors import UserError
 from labkit.kernels.attention import DECODE_BATCH_TOKENS
+from labkit.kernels.sampling import greedy, sample
 from labkit.models.loading import Checkpoint, load_model
 from labkit.request import SamplingParams, TokenLogprob
 from labkit.runner import cache as kv
-from labkit.runner.inputs import pack
-from labkit.runner.sampling import sample, token_logprobs, uniform
+from labkit.runner.graphs import CHUNKS, GraphPool, decode_sizes, mixed_sizes
+from labkit.runner.inputs import BlockTables, Mailbox, Size, StepInputs, arrays, capacity_bytes, metadata, size_of
+from labkit.runner.sampling import Logprobs, gather_logprobs, read_logprobs
 from labkit.runner.sequence import Sequence, Work
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,6 +30,26 @@ class Sampled(NamedTuple):
     logprob: TokenLogprob | None
 
 
+class Launched(NamedTuple):
+    """A step that the device has been told to do. Its tokens are there once ``ready`` has come."""
+
+    work: list[Work]
+    sampled: list[Sequence]
+    """The sequences that get a token, in the order of ``tokens``."""
+    tokens: Tensor
+    """[sampled] int64 on the host; pinned on CUDA."""
+    logprobs: Logprobs | None
+    ready: torch.cuda.Event | None
+
+    def wait(self) -> list[Sampled]:
+        """The tokens, once they are there."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        tokens = self.tokens.tolist()
+        logprobs = read_logprobs(self.logprobs, tokens, [sequence.sampling for sequence in self.sampled])
+        return [Sampled(*each) for each in zip(self.sampled, tokens, logprobs, strict=True)]
+
+
 class Runner:
     """The model, its KV cache and the device they are on."""
 
@@ -35,62 +57,144 @@ class Runner:
         """Loads the weights and allocates the cache. Raises UserError for a bad checkpoint or too little memory."""
         self.device, dtype = torch_device(deployment.device), DTYPES[deployment.dtype]
         self.block_size = deployment.kv_block_size
-        self.model = load_model(checkpoint, self.device, dtype)
-        shape = checkpoint.shape
+        self.deployment = deployment
+        self._graphs = GraphPool(captured_sizes(deployment, self.device))
+        self.model = load_model(checkpoint, self.device, dtype, random_weights=deployment.random_weights)
+        shape = self.model.shape
         context = min(shape.max_positions, deployment.max_context or shape.max_positions)
         blocks = deployment.kv_blocks
         if blocks is None:
-            room = kv.free_bytes(self.device, self._activation_bytes(deployment, context))
+            room = kv.free_bytes(self.device, self._activation_bytes(context))
             per_block = kv.block_bytes(shape, self.block_size, dtype)
             blocks = kv.count_blocks(room, per_block, deployment.max_batch * context, self.block_size)
-        self.blocks = blocks
-        self.cache = kv.allocate(shape, blocks, self.block_size, self.device, dtype)
         # A context that is asked for stays, and what does not fit is refused; one that is not asked for is what fits.
         self.max_context = context if deployment.max_context else min(context, blocks * self.block_size)
+        self._allocate(blocks, self.max_context)
 
     @torch.inference_mode()
-    def run(self, work: list[Work]) -> list[Sampled]:
-        """Computes the pending tokens of ``work`` (not empty) and samples where a sequence's end is reached."""
+    def launch(self, work: list[Work]) -> Launched:
+        """Tells the device to compute the pending tokens of ``work`` (not empty), and to sample where a sequence's end
+        is reached. On CUDA it returns before that is done."""
         work = sorted(work, key=lambda share: share.tokens > 1)
-        inputs = pack(work, self.block_size, self.device)
-        hidden = self.model(inputs.token_ids, inputs.positions, self.cache, inputs.attention)
-        ending = [share.sequence for share in work if share.samples]
-        if not ending:
-            return []
-        tokens, logprobs = self._choose(self.model.logits(hidden[inputs.sample_rows]), ending)
-        return [Sampled(*each) for each in zip(ending, tokens, logprobs, strict=True)]
+        size = size_of(work)
+        captured = self._fit(size)
+        inputs = self._mailbox.send(arrays(work, captured or size, self.tables, self.block_size))
+        if len(inputs.new_blocks):
+            self.tables.device.view(-1).index_copy_(0, inputs.new_places, inputs.new_blocks)
+        if captured is not None:
+            hidden = self._graphs.replay(captured)
+        else:
+            lens = [share.tokens for share in work], [share.sequence.computed + share.tokens for share in work]
+            hidden = self._forward(inputs, size, lens)
+        return self._sample(hidden, inputs, work)
 
     def warm_up(self) -> None:
-        """Runs a short prompt and a decode, so that the first request does not pay for what happens only once."""
+        """Pays for what only happens once: compiles kernels by running steps of several shapes, and captures graphs."""
         length = min(self.block_size, self.max_context - 1, self.blocks * self.block_size - 1)
-        block = list(range(min(self.blocks, 2)))
-        for computed, tokens in ((0, length), (length, 1)):
-            probe = Sequence(-1, [0] * (computed + tokens), 1, 0, SamplingParams(), 0, 0.0, computed, block)
-            self.run([Work(probe, tokens)])
+        probe = Sequence(-1, [0] * (length + 1), length, 0, SamplingParams(), 0, 0.0, row=0)
+        probe.blocks = list(range(-(-(length + 1) // self.block_size)))
+        for tokens in (length, 1):
+            self.launch([Work(probe, tokens)]).wait()
+            probe.computed += tokens
+        for size in self._graphs.sizes:
+            self._capture(size)
 
-    def _choose(self, logits: Tensor, ending: list[Sequence]) -> tuple[list[int], list[TokenLogprob | None]]:
+    def _forward(self, inputs: StepInputs, size: Size, lens: tuple[list[int], list[int]]) -> Tensor:
+        """Hidden states [tokens, hidden] of a step; ``lens`` as in ``metadata``."""
+        known = inputs.token_ids
+        sampled = self._last_tokens[(-1 - known).clamp_(min=0)]
+        token_ids = torch.where(known < 0, sampled, known)
+        meta = metadata(inputs, self.tables, size, lens, self.deployment.attention == "triton")
+        return self.model(token_ids, inputs.positions, self.cache, meta)
+
+    def _sample(self, hidden: Tensor, inputs: StepInputs, work: list[Work]) -> Launched:
+        """Samples, keeps the tokens on the device for the next step, and starts their way to the host."""
+        ending = [share.sequence for share in work if share.samples]
+        if not ending:
+            return Launched(work, [], torch.empty(0, dtype=torch.int64), None, None)
         sampling = [sequence.sampling for sequence in ending]
-        tokens = sample(logits, sampling, [uniform(each.seed, len(each.tokens)) for each in ending])
-        return tokens.tolist(), token_logprobs(logits, tokens, sampling)
+        logits = self.model.logits(hidden[inputs.sample_tokens])
+        if len(inputs.temperature):
+            filters = inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p
+            tokens = sample(logits, *filters, inputs.uniforms)
+        else:
+            tokens = greedy(logits)
+        self._last_tokens.index_copy_(0, inputs.sample_rows, tokens)
+        logprobs = gather_logprobs(logits, tokens, sampling)
+        if self.device.type != "cuda":
+            return Launched(work, ending, tokens, logprobs, None)
+        self._replies.reverse()
+        reply = self._replies[0][: len(ending)]
+        reply.copy_(tokens, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Launched(work, ending, reply, logprobs, ready)
+
+    def _fit(self, size: Size) -> Size | None:
+        """The captured size that a step is padded to, if there is one."""
+        fitting = self._graphs.fit(size)
+        return fitting if fitting in self._graphs else None
 
     @torch.inference_mode()
-    def _activation_bytes(self, deployment: Deployment, context: int) -> int:
+    def _capture(self, size: Size) -> None:
+        """Captures a step of padding alone."""
+        parts = arrays([], size, self.tables, self.block_size)
+        self._mailbox.send(parts)
+        inputs, out = self._mailbox.where(parts), self._hidden[: size.tokens]
+        self._graphs.capture(size, lambda: out.copy_(self._forward(inputs, size, ([], []))))
+
+    def _allocate(self, blocks: int, context: int) -> None:
+        """The KV cache and everything of which there is one for as long as the runner lives."""
+        deployment, shape, device = self.deployment, self.model.shape, self.device
+        dtype = DTYPES[deployment.dtype]
+        self.blocks = blocks
+        self.cache = kv.allocate(shape, blocks, self.block_size, device, dtype)
+        self.tables = BlockTables(deployment.max_batch, -(-context // self.block_size), device)
+        most_tokens = max(deployment.token_budget, context) + 2 * deployment.max_batch
+        self._mailbox = Mailbox(capacity_bytes(most_tokens, deployment.max_batch + CHUNKS, blocks), device)
+        self._last_tokens = torch.zeros(deployment.max_batch + 1, dtype=torch.int64, device=device)
+        pinned = device.type == "cuda"
+        self._replies = [torch.zeros(deployment.max_batch, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        captured = max((size.tokens for size in self._graphs.sizes), default=0)
+        self._hidden = torch.zeros(captured, shape.hidden_size, dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def _activation_bytes(self, context: int) -> int:
         """Memory that the largest step takes beside weights and cache, measured by running one on CUDA."""
         if self.device.type != "cuda":
             return 0
+        deployment, shape, dtype = self.deployment, self.model.shape, DTYPES[self.deployment.dtype]
         tokens = max(deployment.token_budget, deployment.max_batch, 0 if deployment.chunked_prefill else context)
-        blocks = list(range(-(-tokens // self.block_size)))
-        shape, dtype = self.model.shape, DTYPES[deployment.dtype]
-        self.cache = kv.allocate(shape, len(blocks), self.block_size, self.device, dtype)
-        probe = Sequence(-1, [0] * tokens, tokens, context, SamplingParams(), 0, 0.0, 0, blocks)
+        each = -(-min(tokens, context) // self.block_size)
+        count = -(-tokens // (each * self.block_size))
+        self._allocate(each * count, context)
+        work = []
+        for i in range(min(count, deployment.max_batch)):
+            blocks = list(range(i * each, (i + 1) * each))
+            length = min(tokens, context)
+            work.append(
+                Work(Sequence(-1, [0] * length, length, context, SamplingParams(), 0, 0.0, 0, blocks, i), length)
+            )
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.run([Work(probe, tokens)])
+        size, parts = size_of(work), arrays(work, size_of(work), self.tables, self.block_size)
+        lens = [share.tokens for share in work], [share.tokens for share in work]
+        self._forward(self._mailbox.send(parts), size, lens)
         peak = torch.cuda.max_memory_allocated(self.device) - before
         self.cache = []
-        # Decoding gathers what it attends to: one layer's keys and values, twice for the copies.
+        # PyTorch's kernels gather what decoding attends to: one layer's keys and values, twice for the copies.
         gathered = 2 * max(DECODE_BATCH_TOKENS, context) * kv.block_bytes(shape, 1, dtype) // shape.layers
         return peak + gathered + 4 * 4 * deployment.max_batch * shape.vocab_size
+
+
+def captured_sizes(deployment: Deployment, device: torch.device) -> list[Size]:
+    """The sizes of steps to have graphs of: none on the CPU, and none with PyTorch's attention, which is not static."""
+    if device.type != "cuda" or not deployment.cuda_graphs or deployment.attention != "triton":
+        return []
+    sizes = [Size(decodes) for decodes in decode_sizes(deployment.max_batch)]
+    if deployment.batching == "continuous" and deployment.chunked_prefill:
+        sizes += mixed_sizes(deployment.max_batch, deployment.token_budget)
+    return sizes
 
 
 def torch_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,22 +65,48 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed) ^ position) >> 11) / 2**53
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, sampling: Sequence[SamplingParams]) -> list[TokenLogprob | None]:
-    """What each row's ``logprobs`` asks for, None where it asks for nothing. logits: [rows, vocab], tokens: [rows]."""
+class Logprobs(NamedTuple):
+    """Log-probabilities that some rows ask for, still on the device."""
+
+    rows: list[int]
+    chosen: Tensor
+    """[rows asked] float32: that of each row's token."""
+    values: Tensor
+    """[rows asked, widest] float32: those of the likeliest tokens, falling."""
+    ids: Tensor
+    """[rows asked, widest] int64: which tokens these are."""
+
+
+def gather_logprobs(logits: Tensor, tokens: Tensor, sampling: Sequence[SamplingParams]) -> Logprobs | None:
+    """What each row's ``logprobs`` asks for; None where no row asks. logits: [rows, vocab], tokens: [rows]."""
     asked = [row for row, params in enumerate(sampling) if params.logprobs is not None]
-    found: list[TokenLogprob | None] = [None] * len(sampling)
     if not asked:
-        return found
+        return None
     rows = torch.tensor(asked, device=logits.device)
-    logprobs = logits[rows].log_softmax(-1)
+    logprobs = logits[rows].float().log_softmax(-1)
     widest = min(max(sampling[row].logprobs or 0 for row in asked), logits.shape[-1])
-    values, ids = (each.tolist() for each in logprobs.topk(widest, -1))
-    chosen = logprobs.gather(-1, tokens[rows][:, None])[:, 0].tolist()
-    for i, row in enumerate(asked):
+    values, ids = logprobs.topk(widest, -1)
+    return Logprobs(asked, logprobs.gather(-1, tokens[rows][:, None])[:, 0], values, ids)
+
+
+def read_logprobs(
+    found: Logprobs | None, tokens: Sequence[int], sampling: Sequence[SamplingParams]
+) -> list[TokenLogprob | None]:
+    """A row's log-probabilities on the host, None where it asked for none. Waits for the device."""
+    read: list[TokenLogprob | None] = [None] * len(tokens)
+    if found is None:
+        return read
+    chosen, values, ids = found.chosen.tolist(), found.values.tolist(), found.ids.tolist()
+    for i, row in enumerate(found.rows):
         count = sampling[row].logprobs or 0
         top = tuple(zip(ids[i][:count], values[i][:count], strict=True))
-        found[row] = TokenLogprob(int(tokens[row]), chosen[i], top)
-    return found
+        read[row] = TokenLogprob(tokens[row], chosen[i], top)
+    return read
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, sampling: Sequence[SamplingParams]) -> list[TokenLogprob | None]:
+    """``gather_logprobs`` and ``read_logprobs`` at once."""
+    return read_logprobs(gather_logprobs(logits, tokens, sampling), tokens.tolist(), sampling)
 
 
 def _mix(value: int) -> int:

@@ -7,10 +7,17 @@ from typing import NamedTuple
 
 from labkit.request import SamplingParams
 
+PLACEHOLDER = -1
+"""A token that the device knows and the host does not yet."""
+
 
 @dataclass(eq=False)
 class Sequence:
-    """A request's tokens and how far they are computed: ``computed < len(tokens) < limit`` while it runs."""
+    """A request's tokens and how far they are computed: ``computed < len(tokens) <= limit`` while it runs.
+
+    A token that a step in flight is to sample is in ``tokens`` already, as ``PLACEHOLDER``: its place is known before
+    its value is.
+    """
 
     request_id: int
     tokens: list[int]
@@ -25,6 +32,17 @@ class Sequence:
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
+    row: int = -1
+    """The sequence's place in the runner's tables while it runs."""
+    copied: int = 0
+    """How many of ``blocks`` the runner's tables have."""
+    known: int = 0
+    """How many of ``tokens`` the host knows; the rest, one or two, are placeholders."""
+    ended: bool = False
+    """Nothing more is said of it; a step that is still in flight may hold it."""
+
+    def __post_init__(self) -> None:
+        self.known = len(self.tokens)
 
     @property
     def pending(self) -> int:

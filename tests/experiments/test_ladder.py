@@ -21,9 +21,12 @@ def test_each_rung_turns_one_knob_from_the_first_deployment_to_the_best(device):
     for before, after in zip(rungs, rungs[1:], strict=False):
         assert list(before.deployment.differs_in(after.deployment)) == [after.knob]
         assert after.why
-    best = rungs[-1].deployment
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    assert best == Deployment("some/model", device=device, dtype=dtype)
+    best, default = rungs[-1].deployment, Deployment("some/model", device=device)
+    if device == "cuda":
+        assert best == dataclasses.replace(default, dtype="bfloat16", async_scheduling=True, prefix_cache=True)
+    else:
+        gpu_only = {"attention", "cuda_graphs", "async_scheduling"}
+        assert set(best.differs_in(default)) == gpu_only, "these make no difference here"
 
 
 def test_knobs_hold_all_the_way_up():

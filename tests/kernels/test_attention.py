@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from labkit.kernels import attention
-from labkit.kernels.attention import AttentionMetadata, paged_attention, write_kv
+from labkit.kernels.attention import paged_attention, write_kv
+from labkit.kernels.metadata import AttentionMetadata
 
 
 def reference(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -30,7 +31,7 @@ def run(
     rng = np.random.default_rng(0)
     counts = [-(-context // block_size) for _, context in lengths]
     order = iter(rng.permutation(sum(counts) + 3).tolist())
-    tables = torch.zeros(len(lengths), max(counts), dtype=torch.int64)
+    tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     # Garbage where nothing was written: it must not reach any output.
     cache = torch.full((2, kv_heads, sum(counts) + 3, block_size, head_dim), 1e4)
     queries, slots, expected = [], [], []
@@ -44,7 +45,14 @@ def run(
         slots.append(place[context - new :])
         expected.append(reference(query, keys, values))
     contexts = [context for _, context in lengths]
-    meta = AttentionMetadata([new for new, _ in lengths], contexts, torch.tensor(contexts), tables, torch.cat(slots))
+    new_tokens = [new for new, _ in lengths]
+    starts = torch.tensor([0, *np.cumsum(new_tokens)], dtype=torch.int32)
+    decodes = (
+        new_tokens.index(next((new for new in new_tokens if new > 1), None)) if max(new_tokens) > 1 else len(lengths)
+    )
+    meta = AttentionMetadata(
+        new_tokens, contexts, torch.tensor(contexts, dtype=torch.int32), starts, tables, torch.cat(slots), decodes
+    )
     return paged_attention(torch.cat(queries), cache, meta), np.concatenate(expected)
 
 
@@ -75,7 +83,9 @@ def test_any_block_size(block_size: int) -> None:
 def test_the_padded_decode_batch_of_cuda_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_at_once(queries: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
         longest = max(meta.context_lens)
-        return attention._decode_batch(queries, cache, meta.block_tables, meta.contexts, longest)
+        return attention._decode_batch(
+            queries, cache, meta.block_tables, meta.contexts, longest, queries.shape[-1] ** -0.5
+        )
 
     monkeypatch.setattr(attention, "paged_attention", all_at_once)
     monkeypatch.setitem(globals(), "paged_attention", all_at_once)
