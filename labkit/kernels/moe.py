@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.kernels.activation import silu_mul
+from labkit.kernels.moe_experts import experts_triton
 
 
 def router(
@@ -55,9 +56,10 @@ def experts(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tens
     """The weighted sum of each token's SwiGLU experts, added up in float32; returns [tokens, hidden].
 
     x: [tokens, hidden]; expert_ids, expert_weights: [tokens, top_k], float32 weights; gate_up: [experts, 2 * inner,
-    hidden], gate in the first half; down: [experts, hidden, inner].
+    hidden], gate in the first half; down: [experts, hidden, inner]. Dispatch: the kernels on CUDA, PyTorch elsewhere.
     """
-    return experts_reference(x, expert_ids, expert_weights, gate_up, down)
+    run = experts_triton if x.is_cuda else experts_reference
+    return run(x, expert_ids, expert_weights, gate_up, down)
 
 
 def experts_reference(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -65,6 +67,7 @@ def experts_reference(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gat
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in expert_ids.unique().tolist():
         tokens, places = torch.where(expert_ids == expert)
-        found = silu_mul(x[tokens] @ gate_up[expert].T) @ down[expert].T
+        gate, up = (x[tokens] @ gate_up[expert].T).chunk(2, dim=-1)
+        found = (F.silu(gate) * up) @ down[expert].T
         out.index_add_(0, tokens, found.float() * expert_weights[tokens, places, None])
     return out.to(x.dtype)

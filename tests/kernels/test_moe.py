@@ -9,9 +9,13 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-from labkit.kernels import moe
+from labkit.kernels import moe, moe_experts
+from labkit.kernels.moe_experts import experts_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCES = [(torch.float32, 1e-4), (torch.float16, 5e-3)]
+if DEVICE == "cuda":  # the interpreter cannot multiply bfloat16
+    TOLERANCES.append((torch.bfloat16, 4e-2))
 
 
 def randomise(module: torch.nn.Module) -> None:
@@ -114,3 +118,67 @@ def test_experts_are_a_weighted_sum(tokens: int, top_k: int, count: int) -> None
     ids = random(tokens, count, seed=2).topk(top_k).indices
     gate_up, down = random(count, 20, 24, seed=3) / 5, random(count, 24, 10, seed=4) / 3
     close(moe.experts(x, ids, weights, gate_up, down), definition(x, ids, weights, gate_up, down), 1e-4)
+
+
+CONFIGS = {"few": moe_experts.FEW, "some": moe_experts.SOME, "many": moe_experts.MANY}
+
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "tokens, top_k, count, hidden, inner",
+    [(1, 1, 1, 32, 16), (1, 3, 9, 40, 72), (15, 2, 5, 128, 64), (17, 2, 3, 24, 10), (65, 3, 4, 16, 16)],
+)
+def test_the_kernels_agree(
+    tokens: int,
+    top_k: int,
+    count: int,
+    hidden: int,
+    inner: int,
+    config: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moe_experts, "_config", lambda pairs, experts: CONFIGS[config])
+    x, weights = random(tokens, hidden).to(dtype), random(tokens, top_k, seed=1)
+    ids = random(tokens, count, seed=2).topk(top_k).indices
+    gate_up = (random(count, 2 * inner, hidden, seed=3) / hidden**0.5).to(dtype)
+    down = (random(count, hidden, inner, seed=4) / inner**0.5).to(dtype)
+    found = experts_triton(x, ids, weights, gate_up, down)
+    assert found.dtype == dtype
+    close(found, definition(x, ids, weights, gate_up, down), tolerance)
+
+
+def test_all_tokens_may_go_to_one_expert() -> None:
+    x, weights = random(40, 16), random(40, 1, seed=1)
+    gate_up, down = random(6, 16, 16, seed=3), random(6, 16, 8, seed=4)
+    ids = torch.full((40, 1), 4, device=DEVICE)
+    close(experts_triton(x, ids, weights, gate_up, down), definition(x, ids, weights, gate_up, down), 1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 16, 64])
+@pytest.mark.parametrize("pairs, count", [(1, 1), (7, 40), (64, 1), (65, 1), (300, 7)])
+def test_every_pair_lies_once_in_a_tile_of_its_expert(
+    pairs: int, count: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe_experts, "PAIRS_AT_ONCE", 128)
+    ids = torch.randint(count, (pairs, 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    order, tile_experts = (each.cpu() for each in moe_experts._sort(ids, count, block))
+    used = -(-ids.flatten().bincount(minlength=count).cpu() // block)
+    assert tile_experts[tile_experts >= 0].tolist() == torch.arange(count).repeat_interleave(used).tolist()
+    assert not (tile_experts[: used.sum()] < 0).any()
+    found = []
+    for expert, tile in zip(tile_experts.tolist(), order.view(-1, block), strict=True):
+        if expert >= 0:
+            real = tile[tile < pairs]
+            assert (ids.cpu()[real] == expert).all()
+            assert (tile[tile >= pairs] == pairs).all()
+            found += real.tolist()
+    assert sorted(found) == list(range(pairs))
+
+
+def test_many_pairs_of_an_expert_take_larger_tiles() -> None:
+    assert moe_experts._config(8, 256) is moe_experts.FEW
+    assert moe_experts._config(256 * 64, 256) is moe_experts.SOME
+    assert moe_experts._config(256 * 512, 256) is moe_experts.MANY
