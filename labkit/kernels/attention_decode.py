@@ -1,9 +1,9 @@
 """Attention of one new token a sequence over the paged KV cache, split along the context (split-KV, "flash decoding").
 
 A program reads a part of one sequence's keys and values of one key-value head, once, for all the query heads that share
-it: they are the rows of one tile. Parts leave a running maximum, a sum and an unscaled output in float32, which a second
-kernel combines. The grid depends on shapes alone, and each program works out its part from the context lengths on the
-device, so that a captured CUDA graph serves any lengths.
+it: they are the rows of one tile. Parts leave a running maximum, a sum and an unscaled output in float32, which a
+second kernel combines. The grid depends on shapes alone, and each program works out its part from the context lengths
+on the device, so that a captured CUDA graph serves any lengths.
 
 After Dao et al., "Flash-Decoding for long-context inference" (2023), and vLLM's Triton attention (arXiv 2511.11581).
 """
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
+from labkit.kernels.pdl import PDL, begin
 
 LOG2_E = 1.4426950408889634
 
@@ -113,13 +114,14 @@ def decode_attention_triton(
         scale * LOG2_E, queries.stride(0), out.stride(0), block_tables.stride(0), blocks,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, PADDED_DIM=padded,
         BLOCK_SIZE=block_size, TILE=tile.tokens, CHUNK=max(chunk, tile.tokens), SPLIT=splits > 1,
-        PRECISION=precision(queries.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=precision(queries.dtype), PDL=PDL,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=PDL,
     )  # fmt: skip
     if splits > 1:
         _combine[(sequences, heads)](
             parts, contexts, out, out.stride(0), splits,
             HEAD_DIM=head_dim, PADDED_DIM=padded, TILE=tile.tokens, CHUNK=max(chunk, tile.tokens), SPLITS_AT_ONCE=16,
-            num_warps=4,
+            PDL=PDL, num_warps=4, launch_pdl=PDL,
         )  # fmt: skip
     return out
 
@@ -130,20 +132,20 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def _chunk_of(context, splits, TILE: tl.constexpr, CHUNK: tl.constexpr):
+def _chunk_of(context, splits, TILE: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tokens of a part: an equal share of the context, in whole tiles."""
     return tl.maximum(tl.cdiv(tl.cdiv(context, splits), TILE) * TILE, CHUNK)
 
 
 @triton.jit
-def _scales_of(parts, sequences, heads, splits, PADDED_DIM: tl.constexpr):
+def _scales_of(parts, sequences, heads, splits, PADDED_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the maximum and the sum of each part lie, pair by pair: behind all the outputs."""
     return parts + (splits * sequences).to(tl.int64) * heads * PADDED_DIM
 
 
 @triton.jit
-def _rows_of(table, start, end, tokens, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Where the rows of a tile begin, counted in rows of the cache: [TILE] int64, or a scalar if one block holds all."""
+def _rows_of(table, start, end, tokens, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the rows of a tile begin, counted in rows of the cache: [TILE] int64, or a scalar if one block holds it."""
     if BLOCK_SIZE % TILE == 0:
         block = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0)
         return block.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE
@@ -153,20 +155,22 @@ def _rows_of(table, start, end, tokens, BLOCK_SIZE: tl.constexpr, TILE: tl.const
         return block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE - tokens
 
 
-@triton.jit(do_not_specialize=["table_stride", "blocks"])
-def _decode(
+@triton.jit(do_not_specialize=["table_stride", "blocks"], do_not_specialize_on_alignment=["block_tables", "contexts"])
+def _decode(  # type: ignore[no-untyped-def]
     queries, cache, block_tables, contexts, out, parts,
     scale, query_stride, out_stride, table_stride, blocks,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    begin(PDL)
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + sequence)
     chunk = _chunk_of(context, tl.num_programs(2), TILE, CHUNK)
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, context)
+    lower = split * chunk
+    upper = tl.minimum(lower + chunk, context)
     if SPLIT:
-        if begin >= context:
+        if lower >= context:
             return
     rows, dims, tokens = tl.arange(0, ROWS), tl.arange(0, PADDED_DIM), tl.arange(0, TILE)
     heads = kv_head * GROUP + rows
@@ -180,18 +184,18 @@ def _decode(
     keys = cache + kv_head.to(tl.int64) * blocks * (BLOCK_SIZE * HEAD_DIM)
     values = keys + tl.num_programs(1).to(tl.int64) * blocks * (BLOCK_SIZE * HEAD_DIM)
     offsets = tokens[:, None] * HEAD_DIM + dims[None, :]
-    first = _rows_of(table, begin, end, tokens, BLOCK_SIZE, TILE)
+    first = _rows_of(table, lower, upper, tokens, BLOCK_SIZE, TILE)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     # Sums stay apart by column until the end: one reduction across warps less an iteration.
     sums = tl.zeros([ROWS, TILE], tl.float32)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for start in tl.range(begin, end, TILE):
+    for start in tl.range(lower, upper, TILE):
         if BLOCK_SIZE % TILE == 0:
             at = first * HEAD_DIM + offsets
         else:
             at = first[:, None] * HEAD_DIM + offsets
-        first = _rows_of(table, start + TILE, end, tokens, BLOCK_SIZE, TILE)
-        seen = start + tokens < end
+        first = _rows_of(table, start + TILE, upper, tokens, BLOCK_SIZE, TILE)
+        seen = start + tokens < upper
         if HEAD_DIM == PADDED_DIM:
             wanted = seen[:, None]
         else:
@@ -219,13 +223,14 @@ def _decode(
         tl.store(out_at, result.to(out.dtype.element_ty), mask=(rows < GROUP)[:, None] & in_head[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _combine(
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["contexts"])
+def _combine(  # type: ignore[no-untyped-def]
     parts, contexts, out, out_stride, splits,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    SPLITS_AT_ONCE: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Weighs the parts of one query head by their sums, which are brought to a common maximum."""
+    begin(PDL)
     sequence, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(contexts + sequence)
     used = tl.cdiv(context, _chunk_of(context, splits, TILE, CHUNK))
@@ -264,7 +269,7 @@ def _case(group: int, head_dim: int, block_size: int, split: bool) -> CompileCas
     }
     constexprs: dict[str, Any] = {
         "GROUP": group, "ROWS": 16, "HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK_SIZE": block_size,
-        "TILE": tile.tokens, "CHUNK": 512, "SPLIT": split, "PRECISION": "tf32",
+        "TILE": tile.tokens, "CHUNK": 512, "SPLIT": split, "PRECISION": "tf32", "PDL": True,
     }  # fmt: skip
     name = f"decode group {group} d{head_dim} block {block_size}{' split' if split else ''}"
     signature = {**pointers, "parts": "*fp32", **numbers}
@@ -281,6 +286,6 @@ COMPILE_CASES = [
         "decode, parts combined",
         _combine,
         {"parts": "*fp32", "contexts": "*i32", "out": "*bf16", "out_stride": "i32:16", "splits": "i32"},
-        {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": 64, "CHUNK": 512, "SPLITS_AT_ONCE": 16},
+        {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": 64, "CHUNK": 512, "SPLITS_AT_ONCE": 16, "PDL": True},
     ),
 ]
