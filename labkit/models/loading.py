@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.nn import Parameter
+from torch import Tensor
 
 from labkit.errors import UserError
-from labkit.models.qwen2 import Qwen2, Qwen2Shape
+from labkit.kernels.rope import RopeTable
+from labkit.models.decoder import Decoder
+from labkit.models.parallel import Parallel
+from labkit.models.shape import ARCHITECTURES, ModelShape
+from labkit.models.weights import Place, checkpoint_places, may_be_ignored, random_tensors
 
-SUPPORTED = ("Qwen2ForCausalLM",)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+ALONE = Parallel()
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Checkpoint:
     """A model directory that has been looked at but not loaded."""
 
     path: Path
-    shape: Qwen2Shape
+    shape: ModelShape
     eos_token_ids: frozenset[int]
 
 
@@ -54,11 +58,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     path = resolve_model(model)
     raw = _read_json(path / "config.json")
     named = raw.get("architectures") or ["(none named)"]
-    if named[0] not in SUPPORTED:
-        raise UserError(f"{path} is a {named[0]}; supported are: {', '.join(SUPPORTED)}")
+    if named[0] not in ARCHITECTURES:
+        raise UserError(f"{path} is a {named[0]}; supported are: {', '.join(ARCHITECTURES)}")
     try:
         config = AutoConfig.from_pretrained(path)
-        shape = Qwen2Shape.from_config(config)
+        shape = ModelShape.from_config(config)
     except UserError:
         raise
     except Exception as error:  # transformers validates with several exception types
@@ -66,26 +70,57 @@ def open_checkpoint(model: str) -> Checkpoint:
     return Checkpoint(path, shape, _eos_token_ids(path, raw))
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Qwen2:
-    """The model with its weights on ``device`` in ``dtype``, for inference only.
+def load_model(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    parallel: Parallel = ALONE,
+    random_weights: bool = False,
+) -> Decoder:
+    """The model, or this rank's part of it, with its weights on ``device`` in ``dtype``, for inference only.
 
-    Raises UserError when tensors are missing, unexpected or of the wrong shape, or when there are no safetensors.
+    With ``random_weights`` they are made up, the same every time, and none are looked for. Raises UserError when
+    tensors are missing, unexpected or of the wrong shape, when there are no safetensors, and where the model cannot be
+    split over the ranks.
     """
+    shape = checkpoint.shape
+    model = _empty_model(shape, device, dtype, parallel)
+    places = checkpoint_places(shape, parallel)
+    targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    if random_weights:
+        for name, tensor in random_tensors(places, device, dtype):
+            _fill(targets, places[name], tensor)
+    else:
+        _read_weights(checkpoint, targets, places, parallel)
+    return model
+
+
+def _empty_model(shape: ModelShape, device: torch.device, dtype: torch.dtype, parallel: Parallel) -> Decoder:
+    """The model with parameters of ``dtype`` that hold whatever the memory held, and its table of rotary angles."""
     with torch.device("meta"):
-        model = Qwen2(checkpoint.shape)
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    if checkpoint.shape.tied:  # to_empty gives each its own storage
-        model.head.weight = model.embed.weight
-    parameters, wanted = dict(model.named_parameters()), checkpoint.shape.checkpoint_map()
-    missing = dict(wanted)
+        model = Decoder(shape, parallel)
+    for parameter in model.parameters():  # but not the buffers, which are float32 whatever the weights are
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device).requires_grad_(False).eval()
+    if shape.tied:  # to_empty gives each its own storage
+        model.head = model.embed
+    model.cos_sin = RopeTable.build(shape.rope, shape.rotary_dim, shape.max_positions, device).cos_sin
+    return model
+
+
+def _read_weights(
+    checkpoint: Checkpoint, targets: dict[str, Tensor], places: dict[str, Place], parallel: Parallel
+) -> None:
+    missing = dict(places)
     for file in _weight_files(checkpoint.path):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name in wanted:
-                        _fill(parameters, wanted[name], name, tensors.get_tensor(name))
+                    if place := places.get(name):
+                        _check_shape(name, tensors.get_slice(name).get_shape(), place)
+                        _fill(targets, place, tensors.get_slice(name))
                         missing.pop(name, None)
-                    elif not _may_be_ignored(name, checkpoint.shape):
+                    elif not may_be_ignored(name, checkpoint.shape, parallel):
                         raise UserError(f"{file} holds an unexpected tensor {name}; is config.json of another model?")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({error}); fetch it again") from error
@@ -93,18 +128,42 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
         raise UserError(
             f"{checkpoint.path} lacks {len(missing)} tensors, such as {next(iter(missing))}; fetch it again"
         )
-    return model
 
 
-def load_model_for_generate(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
-    """The same checkpoint as ``transformers`` loads it, for its ``generate``. Raises UserError if it cannot be."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def _check_shape(name: str, found: list[int], place: Place) -> None:
+    if found != list(place.shape):
+        raise UserError(f"tensor {name} is {found}, config.json makes it {list(place.shape)}")
 
-    _weight_files(checkpoint.path)  # refuses pickles before transformers would look for them
+
+def _fill(targets: dict[str, Tensor], place: Place, tensor: Any) -> None:
+    """Copies this rank's part of ``tensor``, a Tensor or a safetensors slice, to its place."""
+    part = tensor[place.part]
+    target = targets[place.parameter].data
+    if place.expert is not None:
+        target = target[place.expert]
+    target[place.first : place.first + len(part)].copy_(part)
+
+
+def load_model_for_generate(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: str, random_weights: bool = False
+) -> Any:
+    """The same checkpoint as ``transformers`` loads it, for its ``generate``. With ``random_weights`` they are those
+    that ``transformers`` initialises a model with, which are not those of ``load_model``. Raises UserError if it cannot
+    be loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    if not random_weights:
+        _weight_files(checkpoint.path)  # refuses pickles before transformers would look for them
+    model: Any
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
-        )
+        if random_weights:
+            config = AutoConfig.from_pretrained(checkpoint.path)
+            with device:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            )
     except Exception as error:  # transformers raises many kinds here
         raise UserError(f"{checkpoint.path} cannot be loaded: {error}") from error
     # The checkpoint's own defaults (temperature, top-k, end of sequence) would apply wherever a request names none.
@@ -121,18 +180,6 @@ def load_tokenizer(model: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds here
         raise UserError(f"{path} has no tokenizer that can be loaded ({error})") from error
-
-
-def _fill(parameters: dict[str, Parameter], place: tuple[str, int, int], name: str, tensor: torch.Tensor) -> None:
-    parameter, first, rows = place
-    target = parameters[parameter].data[first : first + rows]
-    if tensor.shape != target.shape:
-        raise UserError(f"tensor {name} is {list(tensor.shape)}, config.json makes it {list(target.shape)}")
-    target.copy_(tensor)
-
-
-def _may_be_ignored(name: str, shape: Qwen2Shape) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or (shape.tied and name == "lm_head.weight")
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from labkit.errors import UserError
+from labkit.models.decoder import Decoder
 from labkit.models.loading import load_model, load_model_for_generate, load_tokenizer, open_checkpoint
+from labkit.models.parallel import Parallel
+from labkit.models.weights import checkpoint_places
 
 CPU = torch.device("cpu")
+SHAPES = Path(__file__).resolve().parents[2] / "data" / "shapes"
 
 
 @pytest.fixture
@@ -55,8 +60,8 @@ def test_sharded_and_tied_checkpoints(tiny_model: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
     tied = load(tmp_path / "tied")
-    assert tied.head.weight is tied.embed.weight
-    assert torch.equal(tied.head.weight, model.model.embed_tokens.weight)
+    assert tied.head is tied.embed
+    assert torch.equal(tied.head, model.model.embed_tokens.weight)
 
 
 def test_eos_may_be_one_or_many_and_generation_config_wins(copy: Path) -> None:
@@ -127,3 +132,66 @@ def test_missing_shards_are_named(tiny_model: Path, tmp_path: Path) -> None:
     shards[1].unlink()
     with pytest.raises(UserError, match=f"lacks the shards {shards[1].name}"):
         load(tmp_path / "sharded")
+
+
+def only_config(source: Path, target: Path) -> Path:
+    target.mkdir()
+    shutil.copy(source / "config.json", target)
+    return target
+
+
+def test_random_weights_need_no_files_and_are_the_same_every_time(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(only_config(tiny_model, tmp_path / "shape")))
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        load_model(checkpoint, CPU, torch.float32)
+    model = load_model(checkpoint, CPU, torch.float32, random_weights=True)
+    again = load_model(checkpoint, CPU, torch.float32, random_weights=True).state_dict()
+    assert model.state_dict().keys() == load(tiny_model).state_dict().keys()
+    seen = set()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again[name])
+        if "norm" in name:
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            assert 0.015 < weight.std() < 0.025 and abs(weight.mean()) < 0.006, name
+            seen.add(weight.flatten()[0].item())
+    assert len(seen) == sum("norm" not in name for name in again), "no two tensors are alike"
+
+
+def test_random_weights_for_generate(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(only_config(tiny_model, tmp_path / "shape")))
+    model = load_model_for_generate(checkpoint, CPU, torch.bfloat16, "sdpa", random_weights=True)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize("size, parameters", [("1.5b", 1_777_088_000), ("7b", 7_615_616_512)])
+def test_shapes_that_are_shipped_have_the_published_number_of_parameters(size: str, parameters: int) -> None:
+    shape = open_checkpoint(str(SHAPES / f"deepseek-r1-distill-qwen-{size}")).shape
+    with torch.device("meta"):
+        model = Decoder(shape, Parallel())
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    places = checkpoint_places(shape, Parallel())
+    assert sum(math.prod(place.shape) for place in places.values()) == parameters
+
+
+def test_layers_for_predicting_more_tokens_are_not_loaded(make_case: Any, tmp_path: Path) -> None:
+    """Published DeepSeek-V3 has one past its last layer."""
+    case = make_case("deepseek-v3")
+    path = Path(shutil.copytree(case.path, tmp_path / "copy"))
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.3.eh_proj.weight"] = "more.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.layers.3.eh_proj.weight": torch.zeros(2)}, path / "more.safetensors")
+    load(path)
+    edit_json(path / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match="unexpected tensor model.layers.3.eh_proj.weight"):
+        load(path)
+
+
+def test_what_chooses_experts_stays_float32(make_case: Any) -> None:
+    model = load_model(open_checkpoint(str(make_case("deepseek-v3").path)), CPU, torch.bfloat16)
+    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    assert set(dtypes) == {"cos_sin", "layers.1.mlp.correction", "layers.2.mlp.correction"}
+    assert set(dtypes.values()) == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

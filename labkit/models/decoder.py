@@ -1,0 +1,82 @@
+"""Decoders over a flat token stream: all sequences of a step lie end to end in [tokens, hidden], without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from labkit.kernels.metadata import AttentionMetadata
+from labkit.models.attention import GroupedAttention
+from labkit.models.experts import Experts
+from labkit.models.latent import LatentAttention
+from labkit.models.layers import GatedMLP, Norm, Step
+from labkit.models.parallel import Parallel
+from labkit.models.shape import ModelShape
+
+
+class Decoder(nn.Module):
+    """Qwen2, Llama, Qwen3, DeepSeek-V2 or V3 without sampling: tokens in, hidden states out, and logits where asked."""
+
+    cos_sin: Tensor
+
+    def __init__(self, shape: ModelShape, parallel: Parallel) -> None:
+        """shape: of the whole model. The attribute ``shape`` is that of this rank's part, and so of its cache."""
+        super().__init__()
+        self.shape = parallel.share(shape)
+        self.embed = nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
+        self.layers = nn.ModuleList(Layer(self.shape, parallel, i) for i in range(shape.layers))
+        self.norm = Norm(shape.hidden_size, shape.norm_eps)
+        self.head = self.embed if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
+        # Of labkit.kernels.rope.RopeTable; computed when the weights are loaded.
+        self.register_buffer("cos_sin", torch.empty(shape.max_positions, shape.rotary_dim), persistent=False)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, cache: Sequence[Tensor], meta: AttentionMetadata) -> Tensor:
+        """token_ids, positions: [tokens] int64. cache: one tensor a layer, [cache_planes, cache_heads, blocks,
+        block_size, cache_width] of ``shape``, to which the new tokens' keys and values (or latents) are written.
+        Returns [tokens, hidden], normed, in the weights' dtype."""
+        step = Step(positions, self.cos_sin, meta)
+        residual = F.embedding(token_ids, self.embed)
+        following: list[Any] = [layer.attention_norm for layer in self.layers] + [self.norm]
+        x = following[0](residual)
+        for layer, layer_cache, norm in zip(self.layers, cache, following[1:], strict=True):
+            x, residual = layer(x, residual, norm, layer_cache, step)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden] as ``forward`` returns it; returns [rows, vocab], in float32 on the CPU and in the
+        weights' dtype on CUDA."""
+        logits = linear(hidden, self.head)
+        return logits if logits.is_cuda else logits.float()
+
+
+class Layer(nn.Module):
+    """One transformer layer. What a half adds to the residual stream is added where the sum is normed next."""
+
+    def __init__(self, shape: ModelShape, parallel: Parallel, index: int) -> None:
+        super().__init__()
+        self.parallel = parallel
+        self.attention_norm = Norm(shape.hidden_size, shape.norm_eps)
+        self.attention: nn.Module = (
+            LatentAttention(shape, shape.latent)
+            if shape.latent
+            # Of a bias that all ranks would add to the sum, the first alone adds it.
+            else GroupedAttention(shape, out_bias=shape.out_bias and parallel.rank == 0)
+        )
+        self.mlp_norm = Norm(shape.hidden_size, shape.norm_eps)
+        self.mlp: nn.Module = (
+            Experts(shape.hidden_size, shape.experts)
+            if shape.experts and index >= shape.experts.dense_layers
+            else GatedMLP(shape.hidden_size, shape.intermediate_size)
+        )
+
+    def forward(self, x: Tensor, residual: Tensor, following: Norm, cache: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x: [tokens, hidden], normed; residual: the stream that it was normed from. Returns the stream after this
+        layer, normed by ``following``, and as it is."""
+        x = self.parallel.sum(self.attention(x, cache, step))
+        x, residual = self.mlp_norm.add(x, residual)
+        return following.add(self.parallel.sum(self.mlp(x)), residual)

@@ -1,0 +1,44 @@
+"""Mixture of experts of DeepSeek-V2 and V3: a router, its experts, and experts that see every token."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labkit.kernels import moe
+from labkit.models.layers import GatedMLP
+from labkit.models.shape import ExpertsShape
+
+
+class Experts(nn.Module):
+    """The experts' matrices are stacked, [experts, out, in]. The router computes in float32."""
+
+    correction: Tensor | None
+
+    def __init__(self, hidden_size: int, shape: ExpertsShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.router = nn.Parameter(torch.empty(shape.count, hidden_size))
+        # A buffer, so that it stays float32 in a model of bfloat16: its steps are finer than bfloat16's.
+        self.register_buffer("correction", torch.empty(shape.count) if shape.correction else None)
+        self.gate_up = nn.Parameter(torch.empty(shape.count, 2 * shape.intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(shape.count, hidden_size, shape.intermediate_size))
+        self.shared = GatedMLP(hidden_size, shape.shared_size) if shape.shared_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [tokens, hidden], normed; returns the same shape."""
+        shape = self.shape
+        ids, weights = moe.router(
+            F.linear(x.float(), self.router.float()),
+            shape.per_token,
+            scoring=shape.scoring,
+            method=shape.method,
+            correction_bias=self.correction,
+            groups=shape.groups,
+            top_groups=shape.top_groups,
+            normalise=shape.normalise,
+            scale=shape.scale,
+        )
+        routed = moe.experts(x, ids, weights, self.gate_up, self.down)
+        return routed if self.shared is None else routed + self.shared(x)
