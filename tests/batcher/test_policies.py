@@ -13,7 +13,7 @@ from labkit.batcher.queues import Queues
 from labkit.deployment import Deployment
 from labkit.request import SamplingParams
 from labkit.runner.blocks import BlockManager
-from labkit.runner.sequence import Sequence, Work
+from labkit.runner.sequence import PLACEHOLDER, Sequence, Work
 
 
 def arrive(queues: Queues, request_id: int, prompt: int, answer: int = 4, at_s: float = 0.0) -> Sequence:
@@ -24,19 +24,32 @@ def arrive(queues: Queues, request_id: int, prompt: int, answer: int = 4, at_s: 
 
 def make(blocks: int = 100, **knobs: Any) -> tuple[Queues, Deployment]:
     deployment = Deployment(kv_block_size=4, **knobs)
-    return Queues(BlockManager(blocks), 4, deployment.max_batch), deployment
+    return Queues(BlockManager(blocks), 4, deployment.max_batch, deployment.prefix_cache), deployment
 
 
-def book(queues: Queues, work: list[Work]) -> None:
+def launch(work: list[Work]) -> list[Sequence]:
+    """Books a step whose tokens are not known yet; returns who gets one."""
+    sampled = [share.sequence for share in work if share.samples]
     for sequence, tokens in work:
         assert 0 < tokens <= sequence.pending
         assert len(sequence.blocks) * 4 >= sequence.computed + tokens, "a share without blocks to write to"
-        samples = tokens == sequence.pending
         sequence.computed += tokens
-        if samples:
-            sequence.tokens.append(1)
-            if len(sequence.tokens) == sequence.limit:
-                queues.leave(sequence)
+    for sequence in sampled:
+        sequence.tokens.append(PLACEHOLDER)
+    return sampled
+
+
+def read_back(queues: Queues, sampled: list[Sequence], token: int = 1) -> None:
+    """Puts a launched step's tokens into their places, and takes out who has reached its limit."""
+    for sequence in sampled:
+        place = sequence.tokens.index(PLACEHOLDER)
+        sequence.tokens[place] = token
+        if place + 1 == sequence.limit:
+            queues.leave(sequence)
+
+
+def book(queues: Queues, work: list[Work]) -> None:
+    read_back(queues, launch(work))
 
 
 def step(queues: Queues, deployment: Deployment, now_s: float = 0.0) -> list[tuple[int, int]]:
@@ -142,43 +155,159 @@ def test_nobody_overtakes_the_first_who_waits() -> None:
     assert [sequence.request_id for sequence in queues.waiting] == [1, 2]
 
 
-@settings(max_examples=150, deadline=None)
+def test_who_is_ending_gets_no_share_but_keeps_its_place_until_it_is_known() -> None:
+    queues, deployment = make(max_batch=2)
+    ending, other = arrive(queues, 0, prompt=3, answer=2), arrive(queues, 1, prompt=3, answer=9)
+    arrive(queues, 2, prompt=3)
+    first = launch(schedule(queues, deployment, 0.0))
+    second = launch(schedule(queues, deployment, 0.0))
+    read_back(queues, first)
+    assert schedule(queues, deployment, 0.0) == [(other, 1)]
+    assert list(queues.running) == [ending, other] and len(queues.waiting) == 1
+    read_back(queues, second)
+    assert [share.sequence.request_id for share in schedule(queues, deployment, 0.0)] == [1, 2]
+
+
+@pytest.mark.parametrize("batching", ["static", "continuous"])
+def test_where_all_are_ending_there_is_nothing_to_run(batching: Any) -> None:
+    queues, deployment = make(batching=batching)
+    arrive(queues, 0, prompt=3, answer=1)
+    sampled = launch(schedule(queues, deployment, 0.0))
+    arrive(queues, 1, prompt=3, answer=1) if batching == "static" else None
+    assert schedule(queues, deployment, 0.0) == []
+    assert wait_s(queues, deployment, 0.0) == 0
+    read_back(queues, sampled)
+    assert len(schedule(queues, deployment, 0.0)) == (batching == "static")
+
+
+def test_who_was_preempted_waits_for_its_token_before_it_runs_again() -> None:
+    queues, deployment = make(blocks=4, token_budget=100)
+    arrive(queues, 0, prompt=7, answer=3)
+    latest = arrive(queues, 1, prompt=4, answer=9)
+    in_flight = launch(schedule(queues, deployment, 0.0))
+    for _ in range(4):
+        work = schedule(queues, deployment, 0.0)
+        if latest in queues.waiting:
+            break
+        sampled = launch(work)
+        read_back(queues, in_flight)
+        in_flight = sampled
+    assert latest.tokens[-1] == PLACEHOLDER and (latest.row, latest.computed, latest.blocks) == (-1, 0, [])
+    for sequence in [*queues.running]:
+        queues.leave(sequence)
+        in_flight.remove(sequence)
+    assert schedule(queues, deployment, 0.0) == [] and queues.admit() is None
+    read_back(queues, in_flight)
+    assert schedule(queues, deployment, 0.0) == [(latest, len(latest.tokens))]
+
+
+class Device:
+    """A model and its KV cache, in miniature: what a slot holds, and what is sampled, depends on all that is attended.
+
+    Steps run in the order of their launch, and know tokens that the host does not know yet by row alone.
+    """
+
+    def __init__(self, queues: Queues) -> None:
+        self.slots: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+        self.rows = queues.max_batch
+
+    def run(self, work: list[Work]) -> list[int]:
+        sampled = {}
+        for sequence, tokens in work:
+            assert 0 <= sequence.row < self.rows
+            slots = [block * 4 + offset for block in sequence.blocks for offset in range(4)]
+            for place in range(sequence.computed, sequence.computed + tokens):
+                token = sequence.tokens[place]
+                token = self.last[sequence.row] if token == PLACEHOLDER else token
+                self.slots[slots[place]] = hash((token, *(self.slots[slot] for slot in slots[:place])))
+            if tokens == sequence.pending:
+                sampled[sequence.row] = self.slots[slots[len(sequence.tokens) - 1]] % 2
+        self.last |= sampled
+        return list(sampled.values())
+
+
+def alone(prompt: list[int], limit: int) -> list[int]:
+    tokens, slots = list(prompt), []
+    while len(tokens) < limit:
+        for token in tokens[len(slots) :]:
+            slots.append(hash((token, *slots)))
+        tokens.append(slots[-1] % 2)
+    return tokens
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    batching=st.sampled_from(["static", "dynamic", "continuous"]),
+    batching=st.sampled_from(["static", "dynamic", "continuous", "continuous"]),
     chunked=st.booleans(),
+    ahead=st.booleans(),
+    prefix_cache=st.booleans(),
     budget=st.integers(1, 40),
     max_batch=st.integers(1, 6),
     blocks=st.integers(8, 20),
     events=st.lists(st.tuples(st.sampled_from("acs"), st.integers(1, 20), st.integers(1, 10)), max_size=60),
 )
-def test_everyone_ends_and_nothing_leaks(
-    batching: Any, chunked: bool, budget: int, max_batch: int, blocks: int, events: list[tuple[str, int, int]]
+def test_everyone_ends_as_if_alone_and_nothing_leaks(
+    batching: Any,
+    chunked: bool,
+    ahead: bool,
+    prefix_cache: bool,
+    budget: int,
+    max_batch: int,
+    blocks: int,
+    events: list[tuple[str, int, int]],
 ) -> None:
     """Any order of arrivals, cancellations and steps: limits hold in each step, and in the end all is done and free."""
     queues, deployment = make(
-        blocks, batching=batching, chunked_prefill=chunked, token_budget=budget, max_batch=max_batch
+        blocks,
+        batching=batching,
+        chunked_prefill=chunked,
+        token_budget=budget,
+        max_batch=max_batch,
+        prefix_cache=prefix_cache,
     )
+    device = Device(queues)
     everyone: list[Sequence] = []
+    in_flight: list[tuple[Sequence, int]] = []
 
     def checked_step() -> int:
+        """Launches a step, then reads the step before it back, or this one if none is to run ahead."""
+        nonlocal in_flight
         work = schedule(queues, deployment, now_s=1e9)
+        check(work)
+        tokens = device.run(work)
+        before, in_flight = in_flight, list(zip(launch(work), tokens, strict=True))
+        if not ahead:
+            before, in_flight = in_flight, []
+        for sequence, token in before:
+            if sequence in queues.running or sequence in queues.waiting:
+                read_back(queues, [sequence], token)
+        return len(work) + len(before)
+
+    def check(work: list[Work]) -> None:
         assert len(queues.running) <= max_batch
+        assert sorted(s.row for s in everyone if s.row >= 0) == sorted({s.row for s in queues.running})
         assert len({share.sequence.request_id for share in work}) == len(work)
+        assert all(len(share.sequence.tokens) < share.sequence.limit for share in work)
         if batching == "continuous" and chunked:
             assert sum(share.tokens for share in work) <= budget
         held = [block for sequence in everyone for block in sequence.blocks]
-        assert len(held) == len(set(held)) == queues.blocks.used
+        assert len(set(held)) == queues.blocks.used
+        assert prefix_cache or len(set(held)) == len(held)
         arrivals = [s.request_id for s in queues.running] + [s.request_id for s in queues.waiting]
         assert arrivals == sorted(arrivals), "order of arrival is kept, whoever was preempted"
-        book(queues, work)
-        return len(work)
 
+    cancelled = set()
+    prompts = []
     for kind, a, b in events:
         if kind == "a":
             everyone.append(arrive(queues, len(everyone), prompt=a, answer=b))
+            everyone[-1].tokens[:] = [int(a > b and place > b) for place in range(a)]
+            prompts.append(list(everyone[-1].tokens))
         elif kind == "s":
             checked_step()
         elif alive := [*queues.running, *queues.waiting]:
+            cancelled.add(alive[a % len(alive)])
             queues.leave(alive[a % len(alive)])
     for _ in range(20 * 30 * max(1, len(everyone))):
         if not (queues.running or queues.waiting):
@@ -186,3 +315,5 @@ def test_everyone_ends_and_nothing_leaks(
         assert checked_step() > 0, "someone waits, but nothing runs"
     assert not queues.running and not queues.waiting
     assert queues.blocks.used == 0
+    for sequence, prompt in zip(everyone, prompts, strict=True):
+        assert sequence in cancelled or sequence.tokens[: sequence.limit] == alone(prompt, sequence.limit)
