@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from labkit.bench.cli import bench
 from labkit.errors import UserError
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -20,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.command()(bench)
 
 
 @app.callback()

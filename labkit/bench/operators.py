@@ -1,0 +1,112 @@
+"""One operation, several implementations: checked against a reference, then timed against the device's ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.bench.ceilings import Ceilings
+from labkit.bench.peers import free
+from labkit.bench.rows import Book, Row
+from labkit.bench.timing import Call, input_sets, seconds_a_call
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at one size.
+
+    ``make(seed)`` gives the inputs; ``contestants`` take them, and so does ``reference``, from whose result theirs may
+    differ by the share ``tolerance`` in any row (the last dimension), by the Euclidean norm.
+    A contestant that is a string is left out for the reason it gives. ``bytes`` and ``flops`` are what one call must
+    move and compute; 0 where that says nothing. ``holds`` are the bytes of one set of inputs, None for ``bytes``.
+    """
+
+    workload: str
+    size: str
+    make: Callable[[int], tuple[Any, ...]]
+    reference: Callable[..., Any]
+    contestants: Mapping[str, Call | str]
+    bytes: float = 0.0
+    flops: float = 0.0
+    holds: float | None = None
+    tolerance: float = 2e-2
+
+
+@torch.inference_mode()
+def run_case(case: Case, device: torch.device, ceilings: Ceilings, book: Book, say: Callable[[str], None]) -> None:
+    """Adds a row a contestant. One that fails or is wrong gets a note instead of a speed."""
+    try:
+        sets = [case.make(seed) for seed in range(input_sets(case.holds or case.bytes))]
+        expected = _tensors(case.reference(*_copies(sets[0])))
+    except torch.OutOfMemoryError:
+        book.add(Row(case.workload, case.size, note="skipped: the inputs or the reference do not fit the memory"))
+        free()
+        return
+    for name, call in case.contestants.items():
+        label = f"{case.size}, {name}"
+        row = Row(case.workload, label, note=f"skipped: {call}") if isinstance(call, str) else None
+        row = row or _measured(case, label, call, sets, expected, device, ceilings)  # type: ignore[arg-type]
+        book.add(row)
+        shown = ", ".join(f"{value:.3g} {unit}" for unit, value in row.figures.items())
+        say(f"{row.workload}, {row.name}: {'; '.join(part for part in (shown, row.note) if part)}")
+    del sets, expected
+    free()
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Call | str:
+    """``torch.compile`` of a function for shapes that do not change; the reason where that is not tried."""
+    if device.type != "cuda":
+        return "compiled on CUDA only"
+    return torch.compile(function, dynamic=False)
+
+
+def _measured(
+    case: Case,
+    label: str,
+    call: Call,
+    sets: list[Any],
+    expected: list[Tensor],
+    device: torch.device,
+    ceilings: Ceilings,
+) -> Row:
+    try:
+        found = _tensors(call(*_copies(sets[0])))
+        error = _difference(found, expected)
+        del found
+        if not error <= case.tolerance:
+            return Row(case.workload, label, note=f"WRONG: a row differs from the reference by {error:.2g}")
+        seconds = seconds_a_call(call, sets, device)
+    except Exception as failure:  # a compiler, a library or the memory: the other contestants still have their turn
+        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+        free()
+        return Row(case.workload, label, note=f"failed: {reason[:100]}")
+    figures = {"us": seconds * 1e6}
+    if case.flops:
+        figures |= {"TFLOP/s": case.flops / seconds / 1e12, "of matmul": case.flops / seconds / ceilings.flops_s}
+    if case.bytes:
+        figures |= {"TB/s": case.bytes / seconds / 1e12, "of copy": case.bytes / seconds / ceilings.bytes_s}
+    return Row(case.workload, label, figures)
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return list(found) if isinstance(found, tuple | list) else [found]
+
+
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Fresh tensors: some operations write into what they are given."""
+    return tuple(each.clone() if isinstance(each, Tensor) else each for each in inputs)
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest |ours - right| / |right| over the rows of every output, by the Euclidean norm; inf for a NaN."""
+    worst = 0.0
+    for ours, right in zip(found, expected, strict=True):
+        wide = right.float()
+        apart = torch.linalg.vector_norm(ours.float().view(wide.shape) - wide, dim=-1)
+        share = apart / torch.linalg.vector_norm(wide, dim=-1).clamp_min(1e-6)
+        worst = max(worst, float(share.nan_to_num(nan=torch.inf).max()))
+    return worst

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import time
+
+import torch
+
+from labkit.bench.ceilings import Ceilings
+from labkit.bench.timing import CACHE_BYTES, input_sets, seconds_a_call
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_small_inputs_get_more_sets_than_large_ones():
+    assert input_sets(CACHE_BYTES) == input_sets(10 * CACHE_BYTES) == 2
+    assert input_sets(CACHE_BYTES / 5) == 5
+    assert input_sets(1) == 16
+
+
+def test_the_median_call_goes_round_the_sets():
+    seen = []
+
+    def call(number):
+        seen.append(number)
+        time.sleep(0.02 if len(seen) == 5 else 0.002)
+
+    assert 0.002 <= seconds_a_call(call, [(0,), (1,)], torch.device("cpu")) < 0.01
+    assert seen == [0, 1] * 4
+
+
+def test_twice_the_work_takes_about_twice_as_long():
+    def seconds(size):
+        tensors = (torch.zeros(size, device=DEVICE), torch.ones(size, device=DEVICE))
+        return seconds_a_call(lambda into, what: into.copy_(what), [tensors] * 2, DEVICE)
+
+    assert 1.2 < seconds(2**25) / seconds(2**23) < 16
+
+
+def test_ceilings_read_like_a_data_sheet():
+    assert str(Ceilings(4.2e12, 7.9e14, "how")) == "copy 4.2 TB/s, matmul 790 TFLOP/s (how)"
