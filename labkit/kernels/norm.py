@@ -79,7 +79,7 @@ def tuning(hidden: int) -> tuple[int, int, int]:
     return block, max(1, 1024 // block), min(max(block // 512, 4), 8 if block <= 8192 else 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _norm(  # type: ignore[no-untyped-def]
     x_ptr,
     residual_ptr,
