@@ -20,6 +20,9 @@ from labkit.kernels.metadata import AttentionMetadata
 from labkit.kernels.mla_decode import mla_decode_triton
 from labkit.kernels.mla_prefill import mla_prefill_triton
 
+EXPAND_FROM = 64
+"""New tokens of a chunk, on average, from which expanding the latents costs less than meeting them one by one."""
+
 
 def write_latent(cache: Tensor, latent: Tensor, rotary_key: Tensor, slots: Tensor) -> None:
     """Puts latent [tokens, rank] and rotary_key [tokens, rotary] into a layer's cache at slots [tokens]; not at -1.
@@ -84,24 +87,80 @@ def write_latent_triton(cache: Tensor, latent: Tensor, rotary_key: Tensor, slots
 def mla_attention(queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
     """Attention of each new token over its sequence's cache up to and including itself, which must be written already.
 
-    queries: [tokens, heads, nope + rotary], the last part rotated; returns [tokens, heads, value]. Dispatch: sequences
-    with one new token are absorbed, the others expanded. Rows of the stream past the last sequence are undefined.
+    queries: [tokens, heads, nope + rotary], the last part rotated; returns [tokens, heads, value]. Rows of the stream
+    past the last sequence are undefined. Dispatch: the kernels on CUDA if their tiles fit and the metadata does not say
+    no, PyTorch elsewhere.
     """
-    tokens, heads, _ = queries.shape
-    rank = kv_b.shape[1]
-    rotary = cache.shape[-1] - rank
-    nope = queries.shape[-1] - rotary
-    out = queries.new_empty(tokens, heads, kv_b.shape[0] // heads - nope)
-    decodes = meta.decodes
-    if decodes:
-        key_part, value_part = kv_b.view(heads, -1, rank).split((nope, out.shape[-1]), dim=1)
-        plain, rotated = queries[:decodes].split((nope, rotary), dim=-1)
-        absorbed = torch.bmm(plain.transpose(0, 1), key_part).transpose(0, 1)
-        latents = mla_decode(absorbed, rotated, cache, meta.block_tables[:decodes], meta.contexts[:decodes], scale)
-        out[:decodes] = torch.bmm(latents.transpose(0, 1), value_part.transpose(1, 2)).transpose(0, 1)
-    if decodes < len(meta.query_lens):
-        mla_prefill(queries, kv_b, cache, meta, scale, out)
+    rank, rotary = kv_b.shape[1], cache.shape[-1] - kv_b.shape[1]
+    nope = queries.shape[2] - rotary
+    widths = (rank, rotary, nope, kv_b.shape[0] // queries.shape[1] - nope)
+    if queries.is_cuda and meta.triton and _tiles_fit(widths, queries.dtype):
+        return mla_attention_triton(queries, kv_b, cache, meta, scale)
+    return mla_attention_reference(queries, kv_b, cache, meta, scale)
+
+
+def mla_attention_triton(queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
+    """``mla_attention`` by the kernels.
+
+    Single tokens are absorbed. So are the chunks in a CUDA graph, which has no lengths on the host by which to size
+    their expanded keys, and chunks so short that the latents are expanded for few queries; other chunks are expanded.
+    """
+    first, tokens = meta.decodes, len(queries)
+    chunks = len(meta.contexts) - first
+    expanded = chunks > 0 and len(meta.query_lens) > 0 and tokens - first >= EXPAND_FROM * chunks
+    rows = first if expanded or not chunks else tokens
+    key_part, value_part = _parts(queries, kv_b, cache)
+    out = queries.new_empty(tokens, queries.shape[1], value_part.shape[1])
+    if rows:
+        absorbed, rotated = _absorb(queries[:rows], key_part)
+        sums = queries.new_empty(absorbed.shape)
+        tables, contexts = meta.block_tables, meta.contexts
+        if first:
+            singles = absorbed[:first], rotated[:first]
+            mla_decode_triton(*singles, cache, tables[:first], contexts[:first], scale, sums[:first])
+        if rows > first:
+            singles, starts = (absorbed[first:], rotated[first:]), meta.query_starts[first:]
+            mla_decode_triton(*singles, cache, tables[first:], contexts[first:], scale, sums[first:], starts)
+        out[:rows] = _expand(sums, value_part)
+    if expanded:
+        mla_prefill_triton(queries, kv_b, cache, meta, scale, out)
     return out
+
+
+def mla_attention_reference(
+    queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float
+) -> Tensor:
+    """``mla_attention`` in PyTorch, a sequence at a time: single tokens absorbed, chunks expanded."""
+    key_part, value_part = _parts(queries, kv_b, cache)
+    out = queries.new_empty(*queries.shape[:2], value_part.shape[1])
+    first = meta.decodes
+    if first:
+        absorbed, rotated = _absorb(queries[:first], key_part)
+        contexts = torch.tensor(meta.context_lens[:first])
+        sums = mla_decode_reference(absorbed, rotated, cache, meta.block_tables, contexts, scale)
+        out[:first] = _expand(sums, value_part)
+    mla_prefill_reference(queries, kv_b, cache, meta, scale, out)
+    return out
+
+
+def _parts(queries: Tensor, kv_b: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """The expansions of keys [heads, nope, rank] and values [heads, value, rank]."""
+    heads, rank = queries.shape[1], kv_b.shape[1]
+    nope = queries.shape[2] - (cache.shape[-1] - rank)
+    by_head = kv_b.view(heads, -1, rank)
+    return by_head[:, :nope], by_head[:, nope:]
+
+
+def _absorb(queries: Tensor, key_part: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries that meet latents [tokens, heads, rank], and those that meet rotated keys [tokens, heads, rotary]."""
+    nope = key_part.shape[1]
+    absorbed = torch.bmm(queries[..., :nope].transpose(0, 1), key_part)
+    return absorbed.transpose(0, 1), queries[..., nope:]
+
+
+def _expand(sums: Tensor, value_part: Tensor) -> Tensor:
+    """Weighted sums of values [tokens, heads, value], from those of latents."""
+    return torch.bmm(sums.transpose(0, 1), value_part.transpose(1, 2)).transpose(0, 1)
 
 
 def mla_decode(
@@ -111,18 +170,18 @@ def mla_decode(
 
     absorbed: [sequences, heads, rank], a query times its head's key expansion; rotated: [sequences, heads, rotary];
     block_tables: [sequences, widest]; contexts: [sequences], 0 for padding, whose rows come out as zeros. ``scale`` is
-    that of the expanded queries. Dispatch: the kernel on CUDA if its tiles fit; PyTorch, which reads the contexts back
-    and so cannot be part of a CUDA graph, elsewhere.
+    that of the expanded queries. Dispatch: the kernel on CUDA if its tiles fit, PyTorch elsewhere.
     """
-    on_gpu = absorbed.is_cuda and _tiles_fit(absorbed.shape[2], rotated.shape[2])
-    decode = mla_decode_triton if on_gpu else mla_decode_reference
-    return decode(absorbed, rotated, cache, block_tables, contexts, scale)
+    if absorbed.is_cuda and _tiles_fit((absorbed.shape[2], rotated.shape[2]), absorbed.dtype):
+        out = absorbed.new_empty(absorbed.shape)
+        return mla_decode_triton(absorbed, rotated, cache, block_tables, contexts, scale, out)
+    return mla_decode_reference(absorbed, rotated, cache, block_tables, contexts, scale)
 
 
 def mla_decode_reference(
     absorbed: Tensor, rotated: Tensor, cache: Tensor, block_tables: Tensor, contexts: Tensor, scale: float
 ) -> Tensor:
-    """``mla_decode`` in PyTorch, a sequence at a time, the softmax in float32."""
+    """``mla_decode`` in PyTorch, a sequence at a time, the softmax in float32; contexts may be on the host."""
     out = torch.zeros(absorbed.shape, dtype=absorbed.dtype, device=absorbed.device)
     for i, context in enumerate(contexts.tolist()):
         if context:
@@ -132,24 +191,10 @@ def mla_decode_reference(
     return out
 
 
-def mla_prefill(
-    queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float, out: Tensor
-) -> None:
-    """Causal attention of the sequences past ``meta.decodes`` over their expanded keys and values, into ``out``.
-
-    queries: [tokens, heads, nope + rotary] and out: [tokens, heads, value] of the whole stream. The sizes come from the
-    host's lists, so this cannot be part of a CUDA graph. Dispatch: the kernel on CUDA if its tiles fit, SDPA elsewhere.
-    """
-    rotary = cache.shape[-1] - kv_b.shape[1]
-    on_gpu = queries.is_cuda and _tiles_fit(queries.shape[2] - rotary, rotary, out.shape[2])
-    prefill = mla_prefill_triton if on_gpu else mla_prefill_reference
-    prefill(queries, kv_b, cache, meta, scale, out)
-
-
 def mla_prefill_reference(
     queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float, out: Tensor
 ) -> None:
-    """``mla_prefill`` in PyTorch, a sequence at a time."""
+    """What ``mla_prefill_triton`` does, a sequence at a time."""
     heads, width = queries.shape[1:]
     rank = kv_b.shape[1]
     begin = meta.decodes
@@ -176,6 +221,7 @@ def _gather(cache: Tensor, block_table: Tensor, length: int, rank: int) -> tuple
     return rows[:, :rank], rows[:, rank:]
 
 
-def _tiles_fit(*widths: int) -> bool:
-    """Whether the kernels can have tiles this wide."""
-    return all(width >= 16 and width & (width - 1) == 0 for width in widths)
+def _tiles_fit(widths: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the kernels can have tiles this wide: powers of two, in float32 only narrow ones for want of memory."""
+    most = 64 if dtype == torch.float32 else 512
+    return all(16 <= width <= most and width & (width - 1) == 0 for width in widths)

@@ -1,9 +1,11 @@
-"""Multi-head latent attention of one token a sequence, absorbed, over the paged latents: the Triton kernel.
+"""Multi-head latent attention of single tokens, absorbed, over the paged latents: the Triton kernels.
 
 All heads meet the same latents, which are keys and values at once: a tile of them is loaded once and multiplied twice.
 Latents take the rows of both products and heads the columns, since the tensor cores of Hopper multiply 64 rows at a
 time but as few as 8 columns: 16 heads waste nothing. The context is split over programs so that a small batch fills the
 GPU (split-KV; Flash-Decoding, Dao et al. 2023); a second kernel joins the parts. Grids depend on shapes alone.
+
+The tokens of a chunk of a prompt can be taken one by one as well, each with the context that ends with it.
 """
 
 from __future__ import annotations
@@ -34,74 +36,104 @@ def _config(heads: int) -> dict[str, int]:
 
 
 @triton.jit
-def _part(context, split, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First tile of a part of the context, and the tile past its last."""
+def _context_of(  # type: ignore[no-untyped-def]
+    row, contexts, query_starts, sequences, CHUNKED: tl.constexpr
+):
+    """The sequence of a row and the tokens that it sees, none if it is padding. Without CHUNKED each row is one
+    sequence; with it, query_starts [sequences + 1] tell whose it is, counted from the first of them."""
+    sequence = row
+    context = tl.load(contexts + row, mask=row < sequences, other=0)
+    if CHUNKED:
+        base = tl.load(query_starts)
+        sequence = -1
+        for low in range(0, sequences, 128):
+            i = low + tl.arange(0, 128)
+            begin = tl.load(query_starts + i, mask=i < sequences, other=0) - base
+            sequence += tl.sum(((i < sequences) & (begin <= row)).to(tl.int32), 0)
+        later = tl.load(query_starts + sequence + 1) - base - 1 - row
+        context = tl.where(later < 0, 0, tl.load(contexts + sequence) - later)
+    return sequence, context
+
+
+@triton.jit
+def _tiles_of_part(context, splits, BLOCK_N: tl.constexpr, LEAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tiles of a context, and of each of its parts but the last."""
     tiles = tl.cdiv(context, BLOCK_N)
-    each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
-    return tl.minimum(split * each, tiles), tl.minimum((split + 1) * each, tiles)
+    return tiles, tl.maximum(tl.cdiv(tiles, splits), LEAST)
 
 
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_tables", "contexts"])
+@triton.jit
+def _rows_of(table, tile, context, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the tokens of a tile lie, in rows of the cache: [BLOCK_N] int64."""
+    token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.load(table + token // BLOCK_SIZE, mask=token < context, other=0)
+    return block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "sequences"],
+    do_not_specialize_on_alignment=["block_tables", "contexts", "query_starts"],
+)
 def _decode_kernel(  # type: ignore[no-untyped-def]
     absorbed,
     rotated,
     cache,
     block_tables,
     contexts,
+    query_starts,
     out,
     log_sums,
     scale,
-    absorbed_sequence,
+    absorbed_row,
     absorbed_head,
-    rotated_sequence,
+    rotated_row,
     rotated_head,
     table_stride,
+    sequences,
     heads,
     RANK: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNKED: tl.constexpr,
     LEAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of heads over a part of a sequence; out [SPLITS, sequences, heads, RANK], log_sums [SPLITS, sequences,
+    """A tile of heads of one row over a part of its context; out [splits, rows, heads, RANK], log_sums [splits, rows,
     heads] base 2, ``scale`` for base 2."""
-    sequence, split = tl.program_id(1), tl.program_id(2)
-    context = tl.load(contexts + sequence)
-    first, last = _part(context, split, BLOCK_N, SPLITS, LEAST)
-    if SPLITS > 1:
+    row, split = tl.program_id(1), tl.program_id(2)
+    sequence, context = _context_of(row, contexts, query_starts, sequences, CHUNKED)
+    tiles, each = _tiles_of_part(context, tl.num_programs(2), BLOCK_N, LEAST)
+    first, last = tl.minimum(split * each, tiles), tl.minimum((split + 1) * each, tiles)
+    if SPLIT:
         if first >= last:
             return
     head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     column = tl.arange(0, RANK)
     rotary = tl.arange(0, ROTARY)
     is_head = head < heads
-    query = tl.load(
-        absorbed + sequence * absorbed_sequence + head[:, None] * absorbed_head + column[None, :],
-        mask=is_head[:, None],
-        other=0.0,
-    )
-    rotated_query = tl.load(
-        rotated + sequence * rotated_sequence + head[:, None] * rotated_head + rotary[None, :],
-        mask=is_head[:, None],
-        other=0.0,
-    )
-    table = block_tables + sequence * table_stride
+    query_at = absorbed + row.to(tl.int64) * absorbed_row + head.to(tl.int64)[:, None] * absorbed_head + column[None, :]
+    query = tl.load(query_at, mask=is_head[:, None], other=0.0)
+    rotated_at = rotated + row.to(tl.int64) * rotated_row + head[:, None] * rotated_head + rotary[None, :]
+    rotated_query = tl.load(rotated_at, mask=is_head[:, None], other=0.0)
+    table = block_tables + sequence.to(tl.int64) * table_stride
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     sums = tl.zeros([RANK, BLOCK_H], tl.float32)
+    # Rows pass from one iteration to the next: where latents hang on a load of the same iteration, Triton's pipeliner
+    # gives half of its stages to that load.
+    at = _rows_of(table, first, context, BLOCK_SIZE, BLOCK_N)
     for tile in range(first, last):
-        token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_token = token < context
-        block = tl.load(table + token // BLOCK_SIZE, mask=is_token, other=0).to(tl.int64)
-        row = cache + (block * BLOCK_SIZE + token % BLOCK_SIZE) * (RANK + ROTARY)
-        latents = tl.load(row[:, None] + column[None, :], mask=is_token[:, None], other=0.0)
-        keys = tl.load(row[:, None] + RANK + rotary[None, :], mask=is_token[:, None], other=0.0)
+        place = cache + at[:, None] * (RANK + ROTARY)
+        at = _rows_of(table, tile + 1, context, BLOCK_SIZE, BLOCK_N)
+        is_token = (tile * BLOCK_N + tl.arange(0, BLOCK_N) < context)[:, None]
+        latents = tl.load(place + column[None, :], mask=is_token, other=0.0)
+        keys = tl.load(place + RANK + rotary[None, :], mask=is_token, other=0.0)
         scores = tl.dot(latents, tl.trans(query), input_precision=PRECISION)
         scores = tl.dot(keys, tl.trans(rotated_query), scores, input_precision=PRECISION)
-        scores = tl.where(is_token[:, None], scores * scale, float("-inf"))
+        scores = tl.where(is_token, scores * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 0))
         fade = tl.exp2(top - higher)
         shares = tl.exp2(scores - higher[None, :])
@@ -109,32 +141,37 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         sums = tl.dot(tl.trans(latents), shares.to(latents.dtype), sums * fade[None, :], input_precision=PRECISION)
         top = higher
     total = tl.where(total == 0, 1.0, total)
-    place = (split * tl.num_programs(1) + sequence).to(tl.int64) * heads + head
-    result = sums / total[None, :]
-    tl.store(out + place[None, :] * RANK + column[:, None], result.to(out.dtype.element_ty), mask=is_head[None, :])
-    if SPLITS > 1:
-        tl.store(log_sums + place, top + tl.log2(total), mask=is_head)
+    target = (split * tl.num_programs(1) + row).to(tl.int64) * heads + head
+    result = (sums / total[None, :]).to(out.dtype.element_ty)
+    tl.store(out + target[None, :] * RANK + column[:, None], result, mask=is_head[None, :])
+    if SPLIT:
+        tl.store(log_sums + target, top + tl.log2(total), mask=is_head)
 
 
-@triton.jit(do_not_specialize_on_alignment=["contexts"])
+@triton.jit(do_not_specialize=["sequences", "splits"], do_not_specialize_on_alignment=["contexts", "query_starts"])
 def _join_kernel(  # type: ignore[no-untyped-def]
     parts,
     log_sums,
     contexts,
+    query_starts,
     out,
+    sequences,
     heads,
+    splits,
     RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    CHUNKED: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """The parts of one head of one sequence, weighed by their sums of exponentials; out [sequences, heads, RANK]."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    tiles = tl.cdiv(tl.load(contexts + sequence), BLOCK_N)
-    used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, SPLITS), LEAST))
+    """The parts of one head of one row, weighed by their sums of exponentials; out [rows, heads, RANK]."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    _, context = _context_of(row, contexts, query_starts, sequences, CHUNKED)
+    tiles, each = _tiles_of_part(context, splits, BLOCK_N, LEAST)
+    used = tl.cdiv(tiles, each)
     column = tl.arange(0, RANK)
-    split = tl.arange(0, SPLITS)
-    place = (sequence * heads + head).to(tl.int64)
+    split = tl.arange(0, MOST_SPLITS)
+    place = row.to(tl.int64) * heads + head
     step = tl.num_programs(0).to(tl.int64) * heads
     logs = tl.load(log_sums + place + split * step, mask=split < used, other=float("-inf"))
     top = tl.where(used == 0, 0.0, tl.max(logs, 0))
@@ -152,11 +189,10 @@ def _processors(device: int) -> int:
 
 
 def _splits(programs: int, most_tokens: int, block_n: int, device: torch.device) -> int:
-    """Parts of a context so that there are two programs a processor, if it can be that long; a power of two."""
+    """Parts of a context so that there are two programs a processor, if it can be that long."""
     processors = _processors(device.index or 0) if device.type == "cuda" else 1
     wanted = triton.cdiv(2 * processors, programs)
-    possible = triton.cdiv(most_tokens, LEAST_TILES * block_n)
-    return min(triton.next_power_of_2(min(wanted, possible)), MOST_SPLITS)
+    return max(1, min(wanted, triton.cdiv(most_tokens, LEAST_TILES * block_n), MOST_SPLITS))
 
 
 def mla_decode_triton(
@@ -166,28 +202,41 @@ def mla_decode_triton(
     block_tables: Tensor,
     contexts: Tensor,
     scale: float,
+    out: Tensor,
+    query_starts: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """``mla.mla_decode``; rank and rotary must be powers of two, at least 16. ``splits``: parts, a power of
-    two; without it, those of the rule."""
-    sequences, heads, rank = absorbed.shape
-    rotary, block_size = rotated.shape[2], cache.shape[3]
+    """Attention of single tokens over the latents of their sequences, whose weighted sums it puts into ``out``.
+
+    absorbed: [rows, heads, rank], a query times its head's key expansion; rotated: [rows, heads, rotary]; both may have
+    any strides but that of the last dimension; rank and rotary: powers of two, at least 16. cache as in
+    ``labkit.kernels.mla``; block_tables: [sequences, widest] int32; contexts: [sequences] int32, with the new tokens;
+    ``scale``: that of the expanded queries; out: [rows, heads, rank], contiguous, zeros where a row sees nothing.
+
+    A row is a sequence, unless query_starts [sequences + 1] int32 are given: then sequence i has the rows from
+    query_starts[i] on, counted from query_starts[0], and the last of them sees its whole context. ``splits`` overrides
+    the rule, for tuning.
+    """
+    rows, heads, rank = absorbed.shape
+    block_size = cache.shape[3]
     config = _config(heads)
     block_n = config["BLOCK_N"]
     head_tiles = triton.cdiv(heads, config["BLOCK_H"])
     if splits is None:
-        splits = _splits(head_tiles * sequences, block_tables.shape[1] * block_size, block_n, absorbed.device)
-    out = absorbed.new_empty(sequences, heads, rank)
+        splits = _splits(head_tiles * rows, block_tables.shape[1] * block_size, block_n, out.device)
     parts, log_sums = out, out
     if splits > 1:
-        parts = torch.empty((splits, sequences, heads, rank), dtype=torch.float32, device=out.device)
-        log_sums = torch.empty((splits, sequences, heads), dtype=torch.float32, device=out.device)
-    _decode_kernel[head_tiles, sequences, splits](
+        parts = torch.empty((splits, rows, heads, rank), dtype=torch.float32, device=out.device)
+        log_sums = torch.empty((splits, rows, heads), dtype=torch.float32, device=out.device)
+    chunked = query_starts is not None
+    starts = contexts if query_starts is None else query_starts
+    _decode_kernel[head_tiles, rows, splits](
         absorbed,
         rotated,
         cache,
         block_tables,
         contexts,
+        starts,
         parts,
         log_sums,
         scale * LOG2E,
@@ -196,52 +245,58 @@ def mla_decode_triton(
         rotated.stride(0),
         rotated.stride(1),
         block_tables.stride(0),
+        len(contexts),
         heads,
         RANK=rank,
-        ROTARY=rotary,
+        ROTARY=rotated.shape[2],
         BLOCK_SIZE=block_size,
-        SPLITS=splits,
+        SPLIT=splits > 1,
+        CHUNKED=chunked,
         LEAST=LEAST_TILES,
         PRECISION="ieee" if out.dtype == torch.float32 else "tf32",
         **config,
     )
     if splits > 1:
-        _join_kernel[sequences, heads](
+        _join_kernel[rows, heads](
             parts,
             log_sums,
             contexts,
+            starts,
             out,
+            len(contexts),
             heads,
+            splits,
             RANK=rank,
             BLOCK_N=block_n,
-            SPLITS=splits,
+            MOST_SPLITS=MOST_SPLITS,
+            CHUNKED=chunked,
             LEAST=LEAST_TILES,
             num_warps=4,
         )
     return out
 
 
-def _case(heads: int, splits: int) -> CompileCase:
-    strides = ("absorbed_sequence", "absorbed_head", "rotated_sequence", "rotated_head")
+def _case(heads: int, split: bool, chunked: bool) -> CompileCase:
     config: dict[str, Any] = dict(_config(heads))
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    strides = ("absorbed_row", "absorbed_head", "rotated_row", "rotated_head", "heads")
     return CompileCase(
-        f"mla_decode {heads} heads, {splits} splits",
+        f"mla_decode {heads} heads{', split' if split else ''}{', chunked' if chunked else ''}",
         _decode_kernel,
         {
             **dict.fromkeys(("absorbed", "rotated", "cache"), "*bf16"),
-            **dict.fromkeys(("block_tables", "contexts"), "*i32"),
-            "out": "*bf16" if splits == 1 else "*fp32",
-            "log_sums": "*bf16" if splits == 1 else "*fp32",
+            **dict.fromkeys(("block_tables", "contexts", "query_starts"), "*i32"),
+            **dict.fromkeys(("out", "log_sums"), "*fp32" if split else "*bf16"),
             "scale": "fp32",
-            **dict.fromkeys((*strides, "heads"), "i32:16"),
-            "table_stride": "i32",
+            **dict.fromkeys(strides, "i32:16"),
+            **dict.fromkeys(("table_stride", "sequences"), "i32"),
         },
         {
             "RANK": 512,
             "ROTARY": 64,
             "BLOCK_SIZE": 16,
-            "SPLITS": splits,
+            "SPLIT": split,
+            "CHUNKED": chunked,
             "LEAST": LEAST_TILES,
             "PRECISION": "tf32",
             **config,
@@ -251,12 +306,19 @@ def _case(heads: int, splits: int) -> CompileCase:
     )
 
 
-COMPILE_CASES = [_case(heads, splits) for heads in (16, 128) for splits in (1, 8)]
-COMPILE_CASES.append(
+COMPILE_CASES = [
+    *(_case(heads, split, False) for heads in (16, 128) for split in (True, False)),
+    *(_case(heads, False, True) for heads in (16, 128)),
     CompileCase(
         "mla_join",
         _join_kernel,
-        {**dict.fromkeys(("parts", "log_sums"), "*fp32"), "contexts": "*i32", "out": "*bf16", "heads": "i32:16"},
-        {"RANK": 512, "BLOCK_N": 64, "SPLITS": 8, "LEAST": LEAST_TILES},
-    )
-)
+        {
+            **dict.fromkeys(("parts", "log_sums"), "*fp32"),
+            **dict.fromkeys(("contexts", "query_starts"), "*i32"),
+            "out": "*bf16",
+            "heads": "i32:16",
+            **dict.fromkeys(("sequences", "splits"), "i32"),
+        },
+        {"RANK": 512, "BLOCK_N": 64, "MOST_SPLITS": MOST_SPLITS, "CHUNKED": True, "LEAST": LEAST_TILES},
+    ),
+]

@@ -150,7 +150,12 @@ def _gather(cache: Tensor, block_tables: Tensor, contexts: Tensor, ends: Tensor,
 def mla_prefill_triton(
     queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float, out: Tensor
 ) -> None:
-    """``mla.mla_prefill``; nope, rotary and value must be powers of two, at least 16."""
+    """Causal attention of the sequences past ``meta.decodes`` over their expanded keys and values, into ``out``.
+
+    queries: [tokens, heads, nope + rotary] and out: [tokens, heads, value] of the whole stream; kv_b and cache as in
+    ``labkit.kernels.mla``; nope, rotary and value: powers of two, at least 16. Sizes come from the host's lists, so
+    this cannot be part of a CUDA graph.
+    """
     heads, rank = queries.shape[1], kv_b.shape[1]
     value, rotary = out.shape[2], cache.shape[4] - rank
     nope = queries.shape[2] - rotary

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from labkit.kernels import mla, mla_prefill
 from labkit.kernels.metadata import AttentionMetadata
@@ -134,14 +135,49 @@ def test_the_decode_kernel_agrees_at_full_width() -> None:
     close(by_kernels(case, sizes, 2), case.expected, tolerance)
 
 
+STEPS = [
+    [(1, 3), (1, 0), (3, 3), (2, 70), (1, 400)],
+    [(1, 3), (64, 129), (66, 70)],
+    [(4, 4)],
+    [(1, 17), (1, 16)],
+]
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@pytest.mark.parametrize("lengths", STEPS)
+def test_a_step_of_the_kernels_agrees(lengths: list[tuple[int, int]], lists: bool) -> None:
+    """With the host's lists and, as in a CUDA graph, without; in a graph there are padded chunks and tokens too."""
+    lengths = sorted(lengths, key=lambda length: length[0])
+    case = make(lengths, Sizes(heads=2))
+    queries, meta = case.queries, case.meta
+    if not lists:
+        if meta.decodes < len(lengths):
+            queries = torch.cat((queries, queries[:3]))
+            meta = padded(meta, 2)
+        meta = replace(meta, query_lens=[], context_lens=[])
+    found = mla.mla_attention_triton(queries, case.kv_b, case.cache, meta, case.scale)
+    close(found[: len(case.queries)], case.expected, 2e-5)
+
+
+def padded(meta: AttentionMetadata, chunks: int) -> AttentionMetadata:
+    """With so many chunks more, of no tokens."""
+    return replace(
+        meta,
+        contexts=F.pad(meta.contexts, (0, chunks)),
+        query_starts=torch.cat((meta.query_starts, meta.query_starts[-1:].expand(chunks))),
+        block_tables=F.pad(meta.block_tables, (0, 0, 0, chunks)),
+    )
+
+
 def by_kernels(case: Case, sizes: Sizes, splits: int | None) -> torch.Tensor:
     """Decoding with the kernel, the products around it in float32."""
     weight = case.kv_b.float().view(sizes.heads, -1, sizes.rank)
     plain, rotated = case.queries.split((sizes.nope, sizes.rotary), dim=-1)
     absorbed = torch.einsum("shn,hnr->hsr", plain.float(), weight[:, : sizes.nope]).to(plain.dtype).transpose(0, 1)
     meta = case.meta
-    found = mla_decode_triton(absorbed, rotated, case.cache, meta.block_tables, meta.contexts, case.scale, splits)
-    assert found.dtype == case.queries.dtype
+    found = torch.empty_like(absorbed, memory_format=torch.contiguous_format)
+    tables, contexts = meta.block_tables, meta.contexts
+    mla_decode_triton(absorbed, rotated, case.cache, tables, contexts, case.scale, found, splits=splits)
     return torch.einsum("shr,hvr->shv", found.float(), weight[:, sizes.nope :])
 
 
