@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -136,8 +137,8 @@ def test_the_decode_kernel_agrees_at_full_width() -> None:
 
 
 STEPS = [
-    [(1, 3), (1, 0), (3, 3), (2, 70), (1, 400)],
-    [(1, 3), (64, 129), (66, 70)],
+    [(1, 3), (1, 0), (1, 400), (3, 3), (2, 70)],
+    [(1, 3), (7, 70), (5, 5)],
     [(4, 4)],
     [(1, 17), (1, 16)],
 ]
@@ -145,9 +146,11 @@ STEPS = [
 
 @pytest.mark.parametrize("lists", [True, False])
 @pytest.mark.parametrize("lengths", STEPS)
-def test_a_step_of_the_kernels_agrees(lengths: list[tuple[int, int]], lists: bool) -> None:
+def test_a_step_of_the_kernels_agrees(
+    lengths: list[tuple[int, int]], lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the host's lists and, as in a CUDA graph, without; in a graph there are padded chunks and tokens too."""
-    lengths = sorted(lengths, key=lambda length: length[0])
+    monkeypatch.setattr(mla, "EXPAND_FROM", 4)
     case = make(lengths, Sizes(heads=2))
     queries, meta = case.queries, case.meta
     if not lists:
@@ -157,6 +160,33 @@ def test_a_step_of_the_kernels_agrees(lengths: list[tuple[int, int]], lists: boo
         meta = replace(meta, query_lens=[], context_lens=[])
     found = mla.mla_attention_triton(queries, case.kv_b, case.cache, meta, case.scale)
     close(found[: len(case.queries)], case.expected, 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_graph_follows_what_its_tensors_hold() -> None:
+    sizes = Sizes(heads=16, rank=512, nope=128, rotary=64, value=128)
+    lengths = [(1, 3), (1, 0), (1, 400), (5, 70), (3, 3)]
+    one, other = (make(each, sizes, torch.bfloat16) for each in (lengths, lengths[2::-1] + lengths[3:]))
+    meta = replace(one.meta, query_lens=[], context_lens=[])
+    width = max(each.meta.block_tables.shape[1] for each in (one, other))
+    tables = [F.pad(each.meta.block_tables, (0, width - each.meta.block_tables.shape[1])) for each in (one, other)]
+    meta = replace(meta, block_tables=tables[0])
+    run = partial(mla.mla_attention, one.queries, one.kv_b, one.cache, meta, one.scale)
+    close(run(), one.expected, 2e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    graph.replay()
+    close(found, one.expected, 2e-2)
+    one.queries.copy_(other.queries)
+    one.kv_b.copy_(other.kv_b)
+    one.cache.copy_(other.cache)
+    meta.contexts.copy_(other.meta.contexts)
+    meta.query_starts.copy_(other.meta.query_starts)
+    meta.block_tables.copy_(tables[1])
+    graph.replay()
+    close(found, other.expected, 2e-2)
 
 
 def padded(meta: AttentionMetadata, chunks: int) -> AttentionMetadata:

@@ -157,6 +157,25 @@ def test_all_tokens_may_go_to_one_expert() -> None:
     close(experts_triton(x, ids, weights, gate_up, down), definition(x, ids, weights, gate_up, down), 1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_graph_follows_the_routing() -> None:
+    x, logits = random(33, 256).bfloat16(), random(33, 16, seed=1)
+    gate_up, down = random(16, 256, 256, seed=3).bfloat16() / 16, random(16, 256, 128, seed=4).bfloat16() / 11
+
+    def run() -> torch.Tensor:
+        return moe.experts(x, *moe.router(logits, 4), gate_up, down)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for seed in (5, 6):
+        logits.copy_(random(33, 16, seed=seed))
+        graph.replay()
+        close(found, definition(x, *moe.router(logits, 4), gate_up, down), 4e-2)
+
+
 @pytest.mark.parametrize("block", [1, 16, 64])
 @pytest.mark.parametrize("pairs, count", [(1, 1), (7, 40), (64, 1), (65, 1), (300, 7)])
 def test_every_pair_lies_once_in_a_tile_of_its_expert(
