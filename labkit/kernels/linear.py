@@ -1,10 +1,11 @@
 """Matrix-vector products at the speed of memory: linear layers for a few rows, with what comes before and after them.
 
-For one row a linear layer reads every weight once and does two operations with it. The kernel therefore has no use for
-tensor cores: each program owns a few rows of the weight, every thread multiplies the same columns of all of them, and
-the sums across threads are taken once at the end. What counts is how many bytes are under way: about 40 KB for each
-multiprocessor, which several programs with several tiles each, copied asynchronously, add up to. The order of every sum
-is fixed.
+For one row a linear layer reads every weight once and does two operations with it. The kernels therefore have no use
+for tensor cores: each program owns a few rows of the weight, every thread multiplies the same columns of all of them,
+and the sums across threads are taken once at the end. What counts is how many bytes are under way: about 40 KB for each
+multiprocessor, which several programs add up to. ``_whole`` has all of its weights under way before anything else,
+even before the norm of x; ``_looped``, for several rows of x or long ones, copies tile after tile asynchronously. The
+order of every sum is fixed.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ from labkit.kernels.pdl import PDL, begin
 
 MOST_ROWS = 4
 """Up to here the weights are what takes the time; with more rows cuBLAS and its tensor cores win."""
-NORM_INPUTS = 2048
-"""Inputs whose squares are summed at a time: all of them at 1.5B, so that one wait for memory is enough."""
+MOST_WHOLE_INPUTS = 8192
+"""Up to here a row of x is one tile, which a program can norm."""
 
 
 def is_skinny(x: Tensor) -> bool:
-    """The dispatch rule of this file: up to MOST_ROWS contiguous rows on CUDA -> the kernel; anything else ->
+    """The dispatch rule of this file: up to MOST_ROWS contiguous rows on CUDA -> the kernels; anything else ->
     ``F.linear`` (cuBLAS on CUDA) between the ops of the other files."""
     return x.is_cuda and 0 < len(x) <= MOST_ROWS and x.is_contiguous()
+
+
+def is_whole(x: Tensor) -> bool:
+    """Whether x [rows, inputs] is one row that fits a tile: then the norm before costs no launch of its own."""
+    return len(x) == 1 and x.shape[1] <= MOST_WHOLE_INPUTS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,20 +57,20 @@ def norm_linear(
 
     norm: [inputs], the weight of the norm. Without a residual the sum is x itself.
     """
-    if is_skinny(x):
+    if is_skinny(x) and is_whole(x):
         return norm_linear_triton(x, residual, norm, eps, weight, bias)
     normed, total = _norm(x, residual, norm, eps)
-    return F.linear(normed, weight, bias), total
+    return linear(normed, weight, bias), total
 
 
 def norm_linear_silu_mul(
     x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, gate_up_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``linear_silu_mul`` of the RMSNorm of the sum of x and residual, as in ``norm_linear``."""
-    if is_skinny(x):
+    if is_skinny(x) and is_whole(x):
         return norm_linear_silu_mul_triton(x, residual, norm, eps, gate_up_weight)
     normed, total = _norm(x, residual, norm, eps)
-    return silu_mul(F.linear(normed, gate_up_weight)), total
+    return linear_silu_mul(normed, gate_up_weight), total
 
 
 def _norm(x: Tensor, residual: Tensor | None, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -73,29 +79,31 @@ def _norm(x: Tensor, residual: Tensor | None, norm: Tensor, eps: float) -> tuple
 
 def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear`` of up to 8 rows, contiguous like the weight."""
-    return _launch(x, weight, bias)[0]
+    return _launch_whole(x, weight, bias)[0] if is_whole(x) else _launch_looped(x, weight, bias, silu=False)
 
 
 def linear_silu_mul_triton(x: Tensor, gate_up_weight: Tensor) -> Tensor:
     """``linear_silu_mul`` of up to 8 rows, contiguous like the weight."""
-    return _launch(x, gate_up_weight, silu=True)[0]
+    if is_whole(x):
+        return _launch_whole(x, gate_up_weight, silu=True)[0]
+    return _launch_looped(x, gate_up_weight, None, silu=True)
 
 
 def norm_linear_triton(
     x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``norm_linear`` of up to 8 rows; each program takes the norm again, which is cheaper than a launch for it."""
-    return _launch(x, weight, bias, residual=residual, norm=norm, eps=eps)
+    """``norm_linear`` of one row; each program takes the norm again, which is cheaper than a launch for it."""
+    return _launch_whole(x, weight, bias, residual, norm, eps)
 
 
 def norm_linear_silu_mul_triton(
     x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, gate_up_weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``norm_linear_silu_mul`` of up to 8 rows, as ``norm_linear_triton``."""
-    return _launch(x, gate_up_weight, residual=residual, norm=norm, eps=eps, silu=True)
+    """``norm_linear_silu_mul`` of one row, as ``norm_linear_triton``."""
+    return _launch_whole(x, gate_up_weight, None, residual, norm, eps, silu=True)
 
 
-def _launch(
+def _launch_whole(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -105,35 +113,50 @@ def _launch(
     silu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The product and, where there is a residual, its sum with x; else x itself."""
-    rows, inputs = x.shape
+    inputs = x.shape[1]
     outputs = len(weight) // 2 if silu else len(weight)
-    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x)
-    padded, tile_outputs, tile_inputs, stages, warps = tuning(rows, outputs, inputs, silu)
-    prefetch = x.is_cuda and (PDL or norm is not None)
-    _skinny[(triton.cdiv(outputs, tile_outputs),)](
-        x, residual, norm, weight, bias, out, total, rows, outputs, eps,
+    tile_outputs, tile_inputs, warps = whole_tuning(outputs, inputs, silu)
+    _whole[(triton.cdiv(outputs, tile_outputs),)](
+        x, residual, norm, weight, bias, out, total, outputs, eps,
         INPUTS=inputs, NORM=norm is not None, RESIDUAL=residual is not None, BIAS=bias is not None, SILU=silu,
-        ROWS=padded, OUT=tile_outputs, IN=tile_inputs, NORM_IN=NORM_INPUTS, STAGES=stages, PREFETCH=prefetch,
-        PDL=PDL, num_warps=warps, launch_pdl=PDL,
+        OUT=tile_outputs, IN=tile_inputs, PDL=PDL, num_warps=warps, launch_pdl=PDL,
     )  # fmt: skip
     return out, total
 
 
-def tuning(rows: int, outputs: int, inputs: int, silu: bool) -> tuple[int, int, int, int, int]:
-    """(rows, outputs and inputs of a tile, tiles under way at a time plus one, warps).
+def _launch_looped(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    rows, inputs = x.shape
+    outputs = len(weight) // 2 if silu else len(weight)
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    padded, tile_outputs, tile_inputs, stages, warps = looped_tuning(rows, outputs, inputs)
+    _looped[(triton.cdiv(outputs, tile_outputs),)](
+        x, weight, bias, out, rows, outputs, INPUTS=inputs, BIAS=bias is not None, SILU=silu,
+        ROWS=padded, OUT=tile_outputs, IN=tile_inputs, STAGES=stages, PDL=PDL, num_warps=warps, launch_pdl=PDL,
+    )  # fmt: skip
+    return out
 
-    Two warps side by side cover 512 inputs with loads of 16 bytes. Outputs a tile: few enough that the smallest layers
-    (1536 outputs) still make several programs for each of the 132 multiprocessors, and that sums fit in registers;
-    many enough that x is read and normed for more than one.
+
+def whole_tuning(outputs: int, inputs: int, silu: bool) -> tuple[int, int, int]:
+    """(outputs and inputs of a tile, warps): a thread takes 16 inputs of every output, in two loads of 16 bytes.
+
+    Outputs a tile: few enough that the smallest layers (1536 outputs) still make several programs for each of the 132
+    multiprocessors, many enough that x is read and normed for more than one. A gate counts twice, with its up.
     """
+    tile = max(triton.next_power_of_2(inputs), 128)
+    return (2 if silu or outputs < 16384 else 4), tile, min(max(tile // 512, 1), 16)
+
+
+def looped_tuning(rows: int, outputs: int, inputs: int) -> tuple[int, int, int, int, int]:
+    """(rows, outputs and inputs of a tile, tiles under way at a time plus one, warps): two warps side by side cover 512
+    inputs with loads of 16 bytes."""
     padded = triton.next_power_of_2(rows)
-    tile = (4 if outputs >= 65536 and not silu else 2) // (2 if padded == 8 else 1)
-    return padded, tile, 512, 4 if inputs <= 4096 else 6, 2
+    return padded, 1 if padded == 8 else 2, 512, 4 if inputs <= 4096 else 6, 2
 
 
 @triton.jit
-def _skinny(  # type: ignore[no-untyped-def]
+def _whole(  # type: ignore[no-untyped-def]
     x_ptr,
     residual_ptr,
     norm_ptr,
@@ -141,7 +164,6 @@ def _skinny(  # type: ignore[no-untyped-def]
     bias_ptr,
     out_ptr,
     total_ptr,
-    rows,
     outputs,
     eps,
     INPUTS: tl.constexpr,
@@ -149,104 +171,112 @@ def _skinny(  # type: ignore[no-untyped-def]
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One row of x. Tiles are [OUT, IN]: rows of the weight, all of their columns."""
+    if PDL:
+        _prefetch(weight_ptr, tl.program_id(0) * OUT, outputs, INPUTS, OUT, IN)
+        if SILU:
+            _prefetch(weight_ptr, outputs + tl.program_id(0) * OUT, 2 * outputs, INPUTS, OUT, IN)
+    begin(PDL)
+    output = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    column = tl.arange(0, IN)[None, :]
+    known = column < INPUTS
+    inside = (output[:, None] < outputs) & known
+    weights = weight_ptr + output[:, None].to(tl.int64) * INPUTS + column
+    weight = tl.load(weights, mask=inside, other=0.0, eviction_policy="evict_first")
+    if SILU:
+        up_weights = weight_ptr + (outputs + output[:, None]).to(tl.int64) * INPUTS + column
+        up_weight = tl.load(up_weights, mask=inside, other=0.0, eviction_policy="evict_first")
+    x = tl.load(x_ptr + column, mask=known, other=0.0)
+    wide = x.to(tl.float32)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + column, mask=known, other=0.0)
+        total = (wide + residual.to(tl.float32)).to(x.dtype)
+        if tl.program_id(0) == 0:
+            tl.store(total_ptr + column, total, mask=known)
+        wide = total.to(tl.float32)
+    if NORM:
+        norm = tl.load(norm_ptr + column, mask=known, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / INPUTS + eps)
+        wide = ((wide * scale).to(x.dtype).to(tl.float32) * norm).to(x.dtype).to(tl.float32)
+    result = tl.sum(weight.to(tl.float32) * wide, axis=1)
+    if BIAS:
+        result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
+    if SILU:
+        result = _gate(result, tl.sum(up_weight.to(tl.float32) * wide, axis=1), x.dtype)
+    tl.store(out_ptr + output, result.to(x.dtype), mask=output < outputs)
+
+
+@triton.jit
+def _looped(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    outputs,
+    INPUTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
     ROWS: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    NORM_IN: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Tiles are [ROWS, OUT, IN]: rows of x, rows of the weight, columns of both."""
     first_output = tl.program_id(0) * OUT
-    if PREFETCH:
-        _prefetch(weight_ptr, first_output, outputs, INPUTS, OUT)
+    if PDL:
+        _prefetch(weight_ptr, first_output, outputs, INPUTS, OUT, 4096)
         if SILU:
-            _prefetch(weight_ptr, first_output + outputs, 2 * outputs, INPUTS, OUT)
+            _prefetch(weight_ptr, outputs + first_output, 2 * outputs, INPUTS, OUT, 4096)
     begin(PDL)
+    row = tl.arange(0, ROWS)[:, None, None]
     output = (first_output + tl.arange(0, OUT))[None, :, None]
-    if NORM:
-        scale = _norm_scale(x_ptr, residual_ptr, total_ptr, rows, eps, INPUTS, RESIDUAL, ROWS, NORM_IN)
-    sums = tl.zeros((ROWS, OUT, IN), dtype=tl.float32)
-    up_sums = tl.zeros((ROWS, OUT, IN), dtype=tl.float32)
     weights = weight_ptr + output.to(tl.int64) * INPUTS
     up_weights = weight_ptr + (outputs + output).to(tl.int64) * INPUTS
+    sums = tl.zeros((ROWS, OUT, IN), dtype=tl.float32)
+    up_sums = tl.zeros((ROWS, OUT, IN), dtype=tl.float32)
     for start in tl.range(0, INPUTS, IN, num_stages=STAGES):
         column = start + tl.arange(0, IN)[None, None, :]
         inside = (output < outputs) & (column < INPUTS)
-        weight = tl.load(weights + column, mask=inside, other=0.0, eviction_policy="evict_first")
-        x = _sum(x_ptr, residual_ptr, start, rows, INPUTS, RESIDUAL, ROWS, IN)
-        wide = x.to(tl.float32)
-        if NORM:
-            norm = tl.load(norm_ptr + column, mask=column < INPUTS, other=0.0).to(tl.float32)
-            wide = ((wide * scale).to(x.dtype).to(tl.float32) * norm).to(x.dtype).to(tl.float32)
-        sums += weight.to(tl.float32) * wide
+        weight = tl.load(weights + column, mask=inside, other=0.0)
+        x = tl.load(x_ptr + row * INPUTS + column, mask=(row < rows) & (column < INPUTS), other=0.0).to(tl.float32)
+        sums += weight.to(tl.float32) * x
         if SILU:
-            up_weight = tl.load(up_weights + column, mask=inside, other=0.0, eviction_policy="evict_first")
-            up_sums += up_weight.to(tl.float32) * wide
+            up_weight = tl.load(up_weights + column, mask=inside, other=0.0)
+            up_sums += up_weight.to(tl.float32) * x
     result = tl.sum(sums, axis=2)
     row = tl.arange(0, ROWS)[:, None]
     output = (first_output + tl.arange(0, OUT))[None, :]
+    dtype = out_ptr.dtype.element_ty
     if BIAS:
         result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
     if SILU:
-        # Rounded where the separate ops round: the projection, the activation, the product.
-        dtype = out_ptr.dtype.element_ty
-        gate = result.to(dtype).to(tl.float32)
-        up_result = tl.sum(up_sums, axis=2).to(dtype).to(tl.float32)
-        result = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up_result
-    stored = (row < rows) & (output < outputs)
-    tl.store(out_ptr + row * outputs + output, result.to(out_ptr.dtype.element_ty), mask=stored)
+        result = _gate(result, tl.sum(up_sums, axis=2), dtype)
+    tl.store(out_ptr + row * outputs + output, result.to(dtype), mask=(row < rows) & (output < outputs))
 
 
 @triton.jit
-def _norm_scale(  # type: ignore[no-untyped-def]
-    x_ptr,
-    residual_ptr,
-    total_ptr,
-    rows,
-    eps,
-    INPUTS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM_IN: tl.constexpr,
+def _gate(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """silu(gate) * up, rounded where the separate ops round: the projections, the activation, the product."""
+    gate = gate.to(dtype).to(tl.float32)
+    return (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _prefetch(  # type: ignore[no-untyped-def]
+    weight_ptr, first_output, outputs, INPUTS: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One over the root mean square of each row, [ROWS, 1, 1]; the first program also keeps x + residual."""
-    row = tl.arange(0, ROWS)[:, None, None]
-    squares = tl.zeros((ROWS, 1, 1), dtype=tl.float32)
-    for start in tl.static_range(0, INPUTS, NORM_IN):
-        total = _sum(x_ptr, residual_ptr, start, rows, INPUTS, RESIDUAL, ROWS, NORM_IN)
-        squares += tl.sum(total.to(tl.float32) * total.to(tl.float32), axis=2, keep_dims=True)
-        if RESIDUAL:
-            if tl.program_id(0) == 0:
-                column = start + tl.arange(0, NORM_IN)[None, None, :]
-                tl.store(total_ptr + row * INPUTS + column, total, mask=(row < rows) & (column < INPUTS))
-    return tl.rsqrt(squares / INPUTS + eps)
-
-
-@triton.jit
-def _sum(  # type: ignore[no-untyped-def]
-    x_ptr, residual_ptr, start, rows, INPUTS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr
-):
-    """x, or x + residual in x's dtype, from column ``start`` on: [ROWS, 1, IN]."""
-    row = tl.arange(0, ROWS)[:, None, None]
-    column = start + tl.arange(0, IN)[None, None, :]
-    inside = (row < rows) & (column < INPUTS)
-    x = tl.load(x_ptr + row * INPUTS + column, mask=inside, other=0.0)
-    if RESIDUAL:
-        residual = tl.load(residual_ptr + row * INPUTS + column, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-    return x
-
-
-@triton.jit
-def _prefetch(weight_ptr, first_output, outputs, INPUTS: tl.constexpr, OUT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Brings the first 4,096 columns of a program's weights, in steps of 64, to the L2 cache.
+    """Brings the first WIDTH columns of a program's weights, in steps of 64, to the L2 cache.
 
     It may run before the kernel before has ended: nothing is read, and the cache is coherent.
     """
     output = tl.minimum(first_output + tl.arange(0, OUT), outputs - 1)[:, None]
-    column = tl.minimum(tl.arange(0, 64) * 64, INPUTS - 1)[None, :]
+    column = tl.minimum(tl.arange(0, WIDTH // 64) * 64, INPUTS - 1)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -257,30 +287,41 @@ def _prefetch(weight_ptr, first_output, outputs, INPUTS: tl.constexpr, OUT: tl.c
     )
 
 
-def _case(outputs: int, inputs: int, rows: int = 1, norm: bool = False, silu: bool = False) -> CompileCase:
-    padded, tile_outputs, tile_inputs, stages, warps = tuning(rows, outputs, inputs, silu)
+def _whole_case(outputs: int, inputs: int, norm: bool = False, silu: bool = False) -> CompileCase:
+    tile_outputs, tile_inputs, warps = whole_tuning(outputs, inputs, silu)
     types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "total_ptr": "*bf16"}
     types |= {"outputs": "i32:16", "eps": "fp32"} | ({"residual_ptr": "*bf16", "norm_ptr": "*bf16"} if norm else {})
-    types |= {} if rows == 1 else {"rows": "i32"}
     constants: dict[str, Any] = {"INPUTS": inputs, "NORM": norm, "RESIDUAL": norm, "BIAS": False, "SILU": silu}
-    constants |= {"ROWS": padded, "OUT": tile_outputs, "IN": tile_inputs, "NORM_IN": NORM_INPUTS}
-    constants |= {"STAGES": stages, "PREFETCH": True, "PDL": True}
-    constants |= {"bias_ptr": None} | ({} if norm else {"residual_ptr": None, "norm_ptr": None})
+    constants |= {"OUT": tile_outputs, "IN": tile_inputs, "PDL": True, "bias_ptr": None}
+    constants |= {} if norm else {"residual_ptr": None, "norm_ptr": None}
+    name = f"linear {inputs} -> {outputs}{' norm' if norm else ''}{' silu' if silu else ''}"
+    return CompileCase(name, _whole, types, constants, num_warps=warps)
+
+
+def _looped_case(rows: int, outputs: int, inputs: int, silu: bool = False) -> CompileCase:
+    padded, tile_outputs, tile_inputs, stages, warps = looped_tuning(rows, outputs, inputs)
+    types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "outputs": "i32:16"}
+    types |= {} if rows == 1 else {"rows": "i32"}
+    constants: dict[str, Any] = {"INPUTS": inputs, "BIAS": False, "SILU": silu, "ROWS": padded, "OUT": tile_outputs}
+    constants |= {"IN": tile_inputs, "STAGES": stages, "PDL": True, "bias_ptr": None}
     constants |= {"rows": 1} if rows == 1 else {}
-    name = f"linear {rows} x {inputs} x {outputs}{' norm' if norm else ''}{' silu' if silu else ''}"
-    return CompileCase(name, _skinny, types, constants, num_warps=warps)
+    name = f"linear {rows} rows {inputs} -> {outputs}{' silu' if silu else ''}"
+    return CompileCase(name, _looped, types, constants, num_warps=warps)
 
 
 COMPILE_CASES = [
-    _case(2048, 1536, norm=True),
-    _case(1536, 1536),
-    _case(8960, 1536, norm=True, silu=True),
-    _case(1536, 8960),
-    _case(151936, 1536, norm=True),
-    _case(18944, 3584, norm=True, silu=True),
-    _case(3584, 18944),
-    _case(4608, 3584, rows=2, norm=True),
-    _case(3584, 3584, rows=3),
-    _case(18944, 3584, rows=4, silu=True),
-    _case(1536, 8960, rows=8),
+    _whole_case(2048, 1536, norm=True),
+    _whole_case(1536, 1536),
+    _whole_case(8960, 1536, norm=True, silu=True),
+    _whole_case(151936, 1536, norm=True),
+    _whole_case(4608, 3584, norm=True),
+    _whole_case(18944, 3584, norm=True, silu=True),
+    _whole_case(152064, 3584),
+    _whole_case(28672, 8192, norm=True, silu=True),
+    _looped_case(1, 1536, 8960),
+    _looped_case(1, 3584, 18944),
+    _looped_case(2, 4608, 3584),
+    _looped_case(4, 3584, 3584),
+    _looped_case(4, 18944, 3584, silu=True),
+    _looped_case(8, 1536, 8960),
 ]
