@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from labkit.kernels.linear import linear
 from labkit.kernels.metadata import AttentionMetadata
 from labkit.models.attention import GroupedAttention
 from labkit.models.experts import Experts
 from labkit.models.latent import LatentAttention
-from labkit.models.layers import GatedMLP, Norm, Step
+from labkit.models.layers import DenseMLP, Norm, Step
 from labkit.models.parallel import Parallel
 from labkit.models.shape import ModelShape
 
@@ -40,12 +39,11 @@ class Decoder(nn.Module):
         block_size, cache_width] of ``shape``, to which the new tokens' keys and values (or latents) are written.
         Returns [tokens, hidden], normed, in the weights' dtype."""
         step = Step(positions, self.cos_sin, meta)
-        residual = F.embedding(token_ids, self.embed)
-        following: list[Any] = [layer.attention_norm for layer in self.layers] + [self.norm]
-        x = following[0](residual)
-        for layer, layer_cache, norm in zip(self.layers, cache, following[1:], strict=True):
-            x, residual = layer(x, residual, norm, layer_cache, step)
-        return x
+        x: Tensor = F.embedding(token_ids, self.embed)
+        residual: Tensor | None = None
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, residual = layer(x, residual, layer_cache, step)
+        return self.norm(x) if residual is None else self.norm.of_sum(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden] as ``forward`` returns it; returns [rows, vocab], in float32 on the CPU and in the
@@ -55,28 +53,26 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer layer. What a half adds to the residual stream is added where the sum is normed next."""
+    """One transformer layer: attention, then an MLP or experts."""
 
     def __init__(self, shape: ModelShape, parallel: Parallel, index: int) -> None:
         super().__init__()
         self.parallel = parallel
-        self.attention_norm = Norm(shape.hidden_size, shape.norm_eps)
         self.attention: nn.Module = (
             LatentAttention(shape, shape.latent)
             if shape.latent
             # Of a bias that all ranks would add to the sum, the first alone adds it.
             else GroupedAttention(shape, out_bias=shape.out_bias and parallel.rank == 0)
         )
-        self.mlp_norm = Norm(shape.hidden_size, shape.norm_eps)
         self.mlp: nn.Module = (
-            Experts(shape.hidden_size, shape.experts)
+            Experts(shape.hidden_size, shape.experts, shape.norm_eps)
             if shape.experts and index >= shape.experts.dense_layers
-            else GatedMLP(shape.hidden_size, shape.intermediate_size)
+            else DenseMLP(shape.hidden_size, shape.intermediate_size, shape.norm_eps)
         )
 
-    def forward(self, x: Tensor, residual: Tensor, following: Norm, cache: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """x: [tokens, hidden], normed; residual: the stream that it was normed from. Returns the stream after this
-        layer, normed by ``following``, and as it is."""
-        x = self.parallel.sum(self.attention(x, cache, step))
-        x, residual = self.mlp_norm.add(x, residual)
-        return following.add(self.parallel.sum(self.mlp(x)), residual)
+    def forward(self, x: Tensor, residual: Tensor | None, cache: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x: [tokens, hidden], what the layers before want added to residual, which is None at first; returns both
+        anew."""
+        x, residual = self.attention(x, residual, cache, step)
+        x, residual = self.mlp(self.parallel.sum(x), residual)
+        return self.parallel.sum(x), residual

@@ -7,18 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.kernels import moe
-from labkit.models.layers import GatedMLP
+from labkit.models.layers import GatedMLP, Norm
 from labkit.models.shape import ExpertsShape
 
 
 class Experts(nn.Module):
-    """The experts' matrices are stacked, [experts, out, in]. The router computes in float32."""
+    """The second half of a layer. The experts' matrices are stacked, [experts, out, in]; the router computes in
+    float32."""
 
     correction: Tensor | None
 
-    def __init__(self, hidden_size: int, shape: ExpertsShape) -> None:
+    def __init__(self, hidden_size: int, shape: ExpertsShape, norm_eps: float) -> None:
         super().__init__()
         self.shape = shape
+        self.norm = Norm(hidden_size, norm_eps)
         self.router = nn.Parameter(torch.empty(shape.count, hidden_size))
         # A buffer, so that it stays float32 in a model of bfloat16: its steps are finer than bfloat16's.
         self.register_buffer("correction", torch.empty(shape.count) if shape.correction else None)
@@ -26,9 +28,10 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(shape.count, hidden_size, shape.intermediate_size))
         self.shared = GatedMLP(hidden_size, shape.shared_size) if shape.shared_size else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [tokens, hidden], normed; returns the same shape."""
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x, residual: [tokens, hidden]; returns what is to be added, and their sum."""
         shape = self.shape
+        x, residual = self.norm.of_sum(x, residual)
         ids, weights = moe.router(
             F.linear(x.float(), self.router.float()),
             shape.per_token,
@@ -41,4 +44,4 @@ class Experts(nn.Module):
             scale=shape.scale,
         )
         routed = moe.experts(x, ids, weights, self.gate_up, self.down)
-        return routed if self.shared is None else routed + self.shared(x)
+        return (routed if self.shared is None else routed + self.shared(x)), residual

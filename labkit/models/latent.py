@@ -15,11 +15,13 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention(nn.Module):
-    """Keys and values of all heads are expanded from one latent a token, which is all that the cache holds."""
+    """The first half of a layer: keys and values of all heads are expanded from one latent a token, which is all that
+    the cache holds."""
 
     def __init__(self, shape: ModelShape, latent: LatentShape) -> None:
         super().__init__()
         self.heads, self.latent, self.scale = shape.heads, latent, shape.attention_scale
+        self.norm = Norm(shape.hidden_size, shape.norm_eps)
         query_rows = shape.heads * latent.query_dim
         self.query_rows = latent.query_rank or query_rows
         # The latents of queries (or the queries themselves), the latents of keys and values, the shared rotary key.
@@ -30,16 +32,18 @@ class LatentAttention(nn.Module):
         self.kv_expand = nn.Parameter(torch.empty(shape.heads * (latent.plain_dim + latent.value_dim), latent.rank))
         self.out = Linear(shape.heads * latent.value_dim, shape.hidden_size)
 
-    def forward(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
-        """x: [tokens, hidden], normed; returns the same shape."""
+    def forward(self, x: Tensor, residual: Tensor | None, cache: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x, residual: [tokens, hidden]; returns what is to be added, and their sum."""
+        compressed, residual = self.compress.of_normed_sum(x, residual, self.norm)
         widths = (self.query_rows, self.latent.rank, self.latent.rotary_dim)
-        queries, latents, rotary_key = self.compress(x).split(widths, dim=-1)
+        queries, latents, rotary_key = compressed.split(widths, dim=-1)
         if self.q_norm is not None and self.q_expand is not None:
             queries = self.q_expand(self.q_norm(queries))
         queries = self._rotate(queries.unflatten(-1, (self.heads, self.latent.query_dim)), step)
         rotary_key = rope_interleaved(rotary_key[:, None], step.positions, step.cos_sin)[:, 0]
         write_latent(cache, self.kv_norm(latents), rotary_key, step.meta.slots)
-        return self.out(mla_attention(queries, self.kv_expand, cache, step.meta, self.scale).flatten(1))
+        values = mla_attention(queries, self.kv_expand, cache, step.meta, self.scale)
+        return self.out(values.flatten(1)), residual
 
     def _rotate(self, queries: Tensor, step: Step) -> Tensor:
         plain, rotary = queries.split((self.latent.plain_dim, self.latent.rotary_dim), dim=-1)

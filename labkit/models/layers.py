@@ -1,4 +1,8 @@
-"""What layers are made of: linear maps, norms and the gated MLP."""
+"""What layers are made of: linear maps, norms and the gated MLP.
+
+Half a layer takes x and the residual stream that x is yet to be added to, and returns the same pair: the sum is taken
+where it is normed, in the kernel that norms it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from labkit.kernels.activation import silu_mul
+from labkit.kernels.linear import linear, linear_silu_mul, norm_linear, norm_linear_silu_mul
 from labkit.kernels.metadata import AttentionMetadata
 from labkit.kernels.norm import add_rms_norm, rms_norm
 
@@ -23,18 +26,6 @@ class Step(NamedTuple):
     meta: AttentionMetadata
 
 
-class Linear(nn.Module):
-    """x @ weight.T + bias, weight [out, in]."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
 class Norm(nn.Module):
     """RMSNorm of the last dimension."""
 
@@ -46,9 +37,25 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds x to the residual stream; returns (the sum normed, the sum)."""
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(the sum of x and residual, normed, and the sum itself); all [tokens, hidden]."""
         return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """x @ weight.T + bias, weight [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def of_normed_sum(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(this map of the normed sum of x and residual, the sum). Without a residual the sum is x."""
+        return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
 
 
 class GatedMLP(nn.Module):
@@ -60,4 +67,19 @@ class GatedMLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(silu_mul(self.gate_up(x)))
+        return self.down(linear_silu_mul(x, self.gate_up.weight))
+
+
+class DenseMLP(nn.Module):
+    """The second half of a layer: a norm and a gated MLP."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = Norm(hidden_size, norm_eps)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size)
+        self.down = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x, residual: [tokens, hidden]; returns what is to be added, and their sum."""
+        inner, residual = norm_linear_silu_mul(x, residual, self.norm.weight, self.norm.eps, self.gate_up.weight)
+        return self.down(inner), residual

@@ -48,8 +48,8 @@ def checkpoint_places(shape: ModelShape, parallel: Parallel) -> dict[str, Place]
         places["lm_head.weight"] = Place("head", (shape.vocab_size, shape.hidden_size))
     for i in range(shape.layers):
         here, there = f"layers.{i}.", f"model.layers.{i}."
-        places[f"{there}input_layernorm.weight"] = Place(f"{here}attention_norm.weight", (shape.hidden_size,))
-        places[f"{there}post_attention_layernorm.weight"] = Place(f"{here}mlp_norm.weight", (shape.hidden_size,))
+        places[f"{there}input_layernorm.weight"] = Place(f"{here}attention.norm.weight", (shape.hidden_size,))
+        places[f"{there}post_attention_layernorm.weight"] = Place(f"{here}mlp.norm.weight", (shape.hidden_size,))
         if shape.latent:
             places |= _latent(f"{here}attention.", f"{there}self_attn.", shape, shape.latent, parallel)
         else:
