@@ -130,7 +130,12 @@ def mla_attention_triton(queries: Tensor, kv_b: Tensor, cache: Tensor, meta: Att
 def mla_attention_reference(
     queries: Tensor, kv_b: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float
 ) -> Tensor:
-    """``mla_attention`` in PyTorch, a sequence at a time: single tokens absorbed, chunks expanded."""
+    """``mla_attention`` in PyTorch, a sequence at a time: single tokens absorbed, chunks expanded.
+
+    Raises ValueError where the host's lengths are missing, as they are in a CUDA graph.
+    """
+    if len(meta.query_lens) < len(meta.contexts):
+        raise ValueError("latent attention in PyTorch cannot be part of a CUDA graph; these sizes have no kernel")
     key_part, value_part = _parts(queries, kv_b, cache)
     out = queries.new_empty(*queries.shape[:2], value_part.shape[1])
     first = meta.decodes

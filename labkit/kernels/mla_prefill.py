@@ -7,6 +7,8 @@ gathered rows. Queries and keys meet in two products (128 + 64 at full size), si
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,7 +19,9 @@ from labkit.kernels.compile_check import CompileCase
 from labkit.kernels.metadata import AttentionMetadata
 
 LOG2E = 1.4426950408889634
-EXPANDED_BYTES = 2**30
+GATHERED_TOKENS = 2**17
+"""Most tokens, unless one sequence has more, whose latents are gathered at once: 150 MB at full size."""
+EXPANDED_BYTES = 2**28
 """About how much memory expanded keys and values may take at once; longer contexts are expanded for fewer heads."""
 GATHER_ROWS = 16
 CONFIG = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
@@ -156,20 +160,46 @@ def mla_prefill_triton(
     ``labkit.kernels.mla``; nope, rotary and value: powers of two, at least 16. Sizes come from the host's lists, so
     this cannot be part of a CUDA graph.
     """
-    heads, rank = queries.shape[1], kv_b.shape[1]
-    value, rotary = out.shape[2], cache.shape[4] - rank
+    for some in _pieces(meta.context_lens, meta.decodes):
+        contexts = meta.contexts[some]
+        ends = contexts.cumsum(0, dtype=torch.int32)
+        rows = _gather(cache, meta.block_tables[some], contexts, ends, meta.context_lens[some])
+        starts, longest = meta.query_starts[some.start : some.stop + 1], max(meta.query_lens[some])
+        _attend(queries, kv_b, rows, contexts, ends, starts, longest, scale, out)
+
+
+def _pieces(context_lens: list[int], first: int) -> Iterator[slice]:
+    """Runs of the sequences from ``first`` on that have ``GATHERED_TOKENS`` together, at least one sequence each."""
+    tokens = 0
+    for i in range(first, len(context_lens)):
+        if i > first and tokens + context_lens[i] > GATHERED_TOKENS:
+            yield slice(first, i)
+            first, tokens = i, 0
+        tokens += context_lens[i]
+    yield slice(first, len(context_lens))
+
+
+def _attend(
+    queries: Tensor,
+    kv_b: Tensor,
+    rows: Tensor,
+    contexts: Tensor,
+    ends: Tensor,
+    query_starts: Tensor,
+    longest: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Expands gathered rows and attends to them; ``longest``: most new tokens of a sequence."""
+    heads, rank, value = queries.shape[1], kv_b.shape[1], out.shape[2]
+    rotary = rows.shape[1] - rank
     nope = queries.shape[2] - rotary
-    context_lens = meta.context_lens[meta.decodes :]
-    longest = max(meta.query_lens[meta.decodes :])
-    contexts, query_starts = meta.contexts[meta.decodes :], meta.query_starts[meta.decodes :]
-    ends = contexts.cumsum(0, dtype=torch.int32)
-    rows = _gather(cache, meta.block_tables[meta.decodes :], contexts, ends, context_lens)
     together = max(1, EXPANDED_BYTES // (len(rows) * (nope + value) * rows.element_size()))
     for first in range(0, heads, together):
         some = slice(first, min(heads, first + together))
         weight = kv_b[some.start * (nope + value) : some.stop * (nope + value)]
         expanded = F.linear(rows[:, :rank], weight)
-        _prefill_kernel[triton.cdiv(longest, CONFIG["BLOCK_M"]), some.stop - some.start, len(context_lens)](
+        _prefill_kernel[triton.cdiv(longest, CONFIG["BLOCK_M"]), some.stop - some.start, len(contexts)](
             queries[:, some],
             expanded,
             rows[:, rank:],

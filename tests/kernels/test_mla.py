@@ -232,13 +232,21 @@ def test_the_prefill_kernel_agrees(
     close(out[decodes:], case.expected[decodes:], tolerance)
 
 
-def test_heads_are_expanded_in_turns_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_and_sequences_take_turns_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mla_prefill, "EXPANDED_BYTES", 20 * 32 * 4 * 2)
-    sizes = Sizes(heads=5)
-    case = make([(3, 20)], sizes)
-    out = torch.zeros(3, 5, sizes.value, device=DEVICE)
+    monkeypatch.setattr(mla_prefill, "GATHERED_TOKENS", 20)
+    case = make([(1, 5), (3, 20), (2, 4), (3, 16), (4, 30)], Sizes(heads=5))
+    assert list(mla_prefill._pieces(case.meta.context_lens, 1)) == [slice(1, 2), slice(2, 4), slice(4, 5)]
+    out = torch.zeros(13, 5, 16, device=DEVICE)
     mla_prefill_triton(case.queries, case.kv_b, case.cache, case.meta, case.scale, out)
-    close(out, case.expected, 2e-5)
+    close(out[1:], case.expected[1:], 2e-5)
+
+
+def test_pytorch_refuses_a_step_without_lengths() -> None:
+    case = make([(1, 5)], Sizes())
+    meta = replace(case.meta, query_lens=[], context_lens=[])
+    with pytest.raises(ValueError, match="CUDA graph"):
+        mla.mla_attention_reference(case.queries, case.kv_b, case.cache, meta, case.scale)
 
 
 @pytest.mark.parametrize("write", [mla.write_latent_triton, mla.write_latent_reference])

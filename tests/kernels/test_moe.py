@@ -181,7 +181,7 @@ def test_a_graph_follows_the_routing() -> None:
 def test_every_pair_lies_once_in_a_tile_of_its_expert(
     pairs: int, count: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moe_experts, "PAIRS_AT_ONCE", 128)
+    monkeypatch.setattr(moe_experts, "PAIRS_AT_ONCE", 256)
     ids = torch.randint(count, (pairs, 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     order, tile_experts = (each.cpu() for each in moe_experts._sort(ids, count, block))
     used = -(-ids.flatten().bincount(minlength=count).cpu() // block)
