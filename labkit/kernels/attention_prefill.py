@@ -38,7 +38,7 @@ SHORT_CHUNKS = Tile(64, 64, 4, 3)
 """The same where sequences have ``SHORT`` new tokens or less on average: half the rows would be padding."""
 SHORT = 64
 EXACT = Tile(64, 32, 4, 2)
-"""For float32, which tensor cores do not multiply exactly and which takes twice the memory."""
+"""For float32, which takes twice the memory and more registers."""
 DENSE = {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2)}
 """By head size, for dense tensors, which tensor descriptors (TMA) read."""
 
@@ -132,10 +132,12 @@ def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, causal: bool 
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
 
 
-def dense_attention_triton(queries: Tensor, keys: Tensor, values: Tensor, causal: bool = True) -> Tensor:
+def dense_attention_triton(
+    queries: Tensor, keys: Tensor, values: Tensor, causal: bool = True, tile: Tile | None = None
+) -> Tensor:
     """``dense_attention`` by this project's kernel. All contiguous; head_dim is a power of two up to 128."""
     batch, heads, tokens, head_dim = queries.shape
-    tile = EXACT if queries.dtype == torch.float32 else DENSE[max(64, head_dim)]
+    tile = tile or (EXACT if queries.dtype == torch.float32 else DENSE[max(64, head_dim)])
     out = torch.empty_like(queries)
     blocks = ([tile.queries, head_dim], [tile.keys, head_dim], [tile.keys, head_dim])
     tensors = (queries, keys, values)
@@ -143,7 +145,8 @@ def dense_attention_triton(queries: Tensor, keys: Tensor, values: Tensor, causal
         TensorDescriptor.from_tensor(tensor.view(-1, head_dim), block)
         for tensor, block in zip(tensors, blocks, strict=True)
     ]
-    _dense[(batch * heads, triton.cdiv(tokens, tile.queries))](
+    # A head's tiles follow each other, so that its keys and values stay in the L2 cache.
+    _dense[(triton.cdiv(tokens, tile.queries), batch * heads)](
         *described, out, head_dim**-0.5 * LOG2_E, tokens,
         HEAD_DIM=head_dim, QUERIES=tile.queries, KEYS=tile.keys, CAUSAL=causal, PRECISION=precision(queries.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -257,8 +260,8 @@ def _dense(  # type: ignore[no-untyped-def]
     queries, keys, values, out, scale, tokens,
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) * tokens
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * QUERIES
+    head = tl.program_id(1) * tokens
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     rows, columns = first + tl.arange(0, QUERIES), tl.arange(0, KEYS)
     query = queries.load([head + first, 0])
     acc = tl.zeros([QUERIES, HEAD_DIM], tl.float32)

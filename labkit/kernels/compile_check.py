@@ -80,8 +80,8 @@ def build(case: CompileCase) -> Build:
     source = ASTSource(case.kernel, signature, case.constexprs, aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=HOPPER, options=options)
-    usage, code = _inspect(compiled.asm["cubin"])
-    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    code = _disassemble(compiled.asm["cubin"])
+    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", code)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     spilled, shared, hgmma = stack + local, compiled.metadata.shared, code.count("HGMMA")
     faults = []
     if spilled:
@@ -93,19 +93,14 @@ def build(case: CompileCase) -> Build:
     return Build(case.name, registers, spilled, shared, hgmma, len(re.findall(r"\bUTMA", code)), tuple(faults))
 
 
-def _inspect(cubin: bytes) -> tuple[str, str]:
+def _disassemble(cubin: bytes) -> str:
     """Resource usage and machine code of a cubin, as the disassembler prints them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        paths = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}
-        usage, code = (
-            subprocess.run(
-                [TOOLS / "cuobjdump", flag, path], env=paths, capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    return usage, code
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", "--dump-sass", str(path)]
+        environment = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def cases(modules: list[str]) -> Iterator[CompileCase]:

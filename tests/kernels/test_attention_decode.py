@@ -105,7 +105,7 @@ def test_large_scores_do_not_overflow() -> None:
     case.scale = 60.0
     found = case.run(splits=2).cpu()
     expected = decode_attention_reference(case.queries, case.cache, case.tables, case.contexts, case.scale).cpu()
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=3e-3, rtol=3e-3)
 
 
 def test_the_output_may_be_given_with_rows_apart() -> None:
