@@ -113,7 +113,7 @@ def test_every_command_is_run_by_a_test_of_this_file():
     assert set(re.findall(r"make ([a-z-]+)", " ".join(IN_CI))) - {"install"} == set(
         re.search(r"for target in (.*); do", (ROOT / ".ci/run").read_text())[1].split()
     )
-    known = ("serve", "load", "ladder", "run", "report", "train", "evaluate")
+    known = ("serve", "load", "ladder", "bench", "run", "report", "train", "evaluate")
     assert {command.split()[1] for command in shown("labkit ")} == set(known)
 
 
@@ -146,6 +146,15 @@ def test_the_ladder_is_walked(tmp_path):
         small = command.replace("--users 8 --requests 24", "--users 2 --requests 2 --repeats 1")
         said = shell(f'{small} --rung "own engine" --device cpu --runs {tmp_path}', timeout=300)
         assert "all 2" in said and "times better" in said
+
+
+@pytest.mark.parametrize("command", shown("labkit bench"))
+def test_the_engine_is_benched(command, tmp_path, tiny_model):
+    """A request or two instead of all, and the shipped model or a tiny one where a shape would need a GPU."""
+    small = re.sub(r"throughput decode --random-weights \S+", f"decode --model {tiny_model}", command)
+    small = re.sub(r" --(requests|repeat) \d+", "", small)
+    said = shell(f"{small} --requests 1 --repeat 1 --peers none --device cpu --runs {tmp_path}", timeout=300)
+    assert "output tokens/s" in said and "kept as" in said
 
 
 @pytest.mark.parametrize("command", [each for each in shown("labkit serve") if each != SERVE])

@@ -9,7 +9,7 @@ from typing import Any
 from labkit.bench.ceilings import measure_ceilings
 from labkit.bench.engine import ENGINE_WORKLOADS, EngineBench, Options
 from labkit.bench.operators import run_case
-from labkit.bench.peers import PEERS
+from labkit.bench.peers import PEERS, free
 from labkit.bench.rows import keeping
 from labkit.errors import UserError
 from labkit.experiments.provenance import machine, versions
@@ -31,6 +31,7 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
         say(f"an earlier run did not end: {rest}")
     say(where(options.deployment.device))
     ceilings = measure_ceilings(device)
+    free()
     say(f"ceilings: {ceilings}")
     facts: dict[str, Any] = {
         "deployment": dataclasses.asdict(options.deployment),

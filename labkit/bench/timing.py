@@ -11,10 +11,10 @@ import torch
 
 CACHE_BYTES = 256 * 2**20
 """Several times the L2 of the largest GPU: inputs that come to this much push each other out."""
-MOST_SETS = 16
+MOST_SETS = 32
 REPLAYS = 15
-REPLAY_S = 2e-3
-"""How long one replayed graph should at least take, so that starting it costs nothing beside."""
+REPLAY_S = 1e-2
+"""How long the calls of one graph take when launched singly: enough for starting it to cost nothing beside."""
 
 Call = Callable[..., object]
 

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from labkit.bench.cli import ablation
-from labkit.bench.run import where
+from labkit.bench.run import check_workloads, where
 from labkit.cli import app
 from labkit.errors import UserError
 from labkit.experiments.store import RunStore
@@ -59,3 +64,15 @@ def test_an_ablation_is_a_switch_turned_off_or_another_value():
 def test_the_machine_and_the_versions_are_named():
     line = where("cpu")
     assert "cores; torch 2." in line and "vllm" in line and "transformers 5." in line
+
+
+def test_the_page_on_performance_shows_commands_that_exist():
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
+    shown = re.findall(r"^labkit bench (.*)$", page.read_text(), re.M)
+    command = typer.main.get_command(app).commands["bench"]
+    for arguments in shown:
+        given = command.make_context("bench", shlex.split(arguments)).params
+        check_workloads(given["workloads"])
+        for knob in given["without"] or []:
+            ablation(knob)
+    assert len(shown) >= 6

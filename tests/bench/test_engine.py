@@ -33,7 +33,8 @@ def long_model(tiny_model, tmp_path_factory):
 
 def run(model, *workloads: str, said: list[str] | None = None, **options) -> list[Row]:
     book = Rows()
-    deployment = Deployment(str(model), device="cpu", max_batch=32)
+    knobs = options.pop("knobs", {})
+    deployment = Deployment(str(model), device="cpu", max_batch=32, **knobs)
     options = {"repeat": 1, **options}
     said = [] if said is None else said
     EngineBench(Options(workloads=workloads, deployment=deployment, **options), CEILINGS, book, said.append).run()
@@ -64,6 +65,12 @@ def test_peers_do_the_same_work_and_one_that_fails_does_not_end_the_bench(long_m
     assert static.note == "same answers 3/3" and static.figures["requests/s"] > 0 and "TB/s" not in static.figures
     assert ours.figures.keys() > static.figures.keys()
     assert broken.note == "failed: no such backend" and not broken.figures
+
+
+def test_random_weights_are_no_common_work(long_model):
+    peers = tuple(choose("transformers-static"))
+    ours, static = run(long_model, "mix", requests=2, peers=peers, knobs={"random_weights": True})
+    assert static.note == ours.note == "" and static.figures["output tokens/s"] > 0
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_small_inputs_get_more_sets_than_large_ones():
     assert input_sets(CACHE_BYTES) == input_sets(10 * CACHE_BYTES) == 2
     assert input_sets(CACHE_BYTES / 5) == 5
-    assert input_sets(1) == 16
+    assert input_sets(1) == 32
 
 
 def test_the_median_call_goes_round_the_sets():
