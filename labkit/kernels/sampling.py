@@ -20,9 +20,9 @@ COLDEST = 1e-5
 """Below this temperature the likeliest token is taken: dividing by less could overflow float32."""
 CHUNK, CHUNK_WARPS = 4096, 8
 """Scores of a program and its warps: 16 a thread."""
-SEARCH_CHUNK, SEARCH_WARPS = 8192, 16
-"""The same of the one program that searches a row. It reads the row, from the L2 cache, once for every halving, with
-three chunks under way at a time."""
+SEARCH_BYTES, SEARCH_WARPS = 16384, 16
+"""Bytes of a chunk, and warps, of the one program that searches a row. It reads the row, from the L2 cache, once for
+every halving, with three chunks under way at a time."""
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -56,19 +56,28 @@ def sample_reference(
     vocab = logits.shape[-1]
     cold = temperature < COLDEST
     scores = logits / torch.where(cold, 1.0, temperature)[:, None]
-    ordered = scores.sort(-1, descending=True).values
-    last = torch.where((top_k <= 0) | (top_k > vocab), vocab, top_k).long() - 1
-    lowest = ordered.gather(-1, last[:, None])
-    likely = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1, dtype=torch.float64)
-    kept = (likely.cumsum(-1) - likely < top_p[:, None]).sum(-1, keepdim=True).clamp_(min=1)
-    nucleus = ordered.gather(-1, kept - 1).masked_fill(top_p[:, None] >= 1, float("-inf"))
-    floor = ordered[:, :1] + min_p[:, None].log()
-    kept_scores = scores.masked_fill(scores < torch.maximum(torch.maximum(lowest, nucleus), floor), float("-inf"))
+    lowest = scores.amax(-1, keepdim=True) + min_p[:, None].log()
+    if bool(((top_k > 0) & (top_k < vocab) | (top_p < 1)).any()):
+        lowest = torch.maximum(lowest, _lowest_of_top(scores, top_k, top_p))
+    kept_scores = scores.masked_fill(scores < lowest, float("-inf"))
     cumulative = kept_scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     # In float64 the largest random number, 1 - 2**-53, times the total stays below the total.
     point = uniforms.double()[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
     return torch.where(cold, logits.argmax(-1), drawn.clamp_(max=vocab - 1))
+
+
+def _lowest_of_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest score [rows, 1] that top-k and then top-p keep."""
+    vocab = scores.shape[-1]
+    ordered = scores.sort(-1, descending=True).values
+    last = torch.where((top_k <= 0) | (top_k > vocab), vocab, top_k).long() - 1
+    lowest = ordered.gather(-1, last[:, None])
+    likely = ordered.masked_fill(ordered < lowest, float("-inf")).softmax(-1, dtype=torch.float64)
+    # A token is kept while those before it have not reached top_p; the first always is.
+    kept = (likely.cumsum(-1) - likely < top_p[:, None]).sum(-1, keepdim=True).clamp_(min=1)
+    nucleus = ordered.gather(-1, kept - 1).masked_fill(top_p[:, None] >= 1, float("-inf"))
+    return torch.maximum(lowest, nucleus)
 
 
 def greedy_triton(logits: Tensor) -> Tensor:
@@ -110,7 +119,7 @@ def sample_triton(
     )  # fmt: skip
     _find_lowest[(rows,)](
         logits, temperature, top_k, top_p, min_p, highest, masses, least, lowest, vocab, chunks,
-        CHUNK=SEARCH_CHUNK, CHUNKS=spread, PDL=PDL, num_warps=SEARCH_WARPS, launch_pdl=PDL,
+        CHUNK=SEARCH_BYTES // logits.element_size(), CHUNKS=spread, PDL=PDL, num_warps=SEARCH_WARPS, launch_pdl=PDL,
     )  # fmt: skip
     _weigh[(rows, chunks)](
         logits, temperature, lowest, highest, masses, vocab, chunks,
@@ -338,11 +347,11 @@ def _cases() -> list[CompileCase]:
     types |= {"tokens_ptr": "*i64", **sizes}
     constants = {"CHUNKS": 64, "PDL": True}
     found = []
-    for logits in ("bf16", "fp32"):
+    for logits, bytes_each in (("bf16", 2), ("fp32", 4)):
         for kernel, chunk, warps, extra in (
             (_measure, CHUNK, CHUNK_WARPS, {"GREEDY": True}),
             (_measure, CHUNK, CHUNK_WARPS, {"GREEDY": False}),
-            (_find_lowest, SEARCH_CHUNK, SEARCH_WARPS, {}),
+            (_find_lowest, SEARCH_BYTES // bytes_each, SEARCH_WARPS, {}),
             (_weigh, CHUNK, CHUNK_WARPS, {}),
             (_draw, CHUNK, 1, {"GREEDY": True}),
             (_draw, CHUNK, CHUNK_WARPS, {"GREEDY": False}),

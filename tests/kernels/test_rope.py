@@ -14,8 +14,6 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from labkit.kernels.rope import (
     RopeTable,
-    apply_rope,
-    rope_angles,
     rope_interleaved_reference,
     rope_interleaved_triton,
     rope_write_reference,
@@ -123,18 +121,6 @@ def test_interleaved_pairs_turn_as_those_of_deepseek() -> None:
     expected, _ = apply_rotary_pos_emb_interleave(x.transpose(0, 1)[None], key.transpose(0, 1)[None], *doubled)
     found = rope_interleaved_reference(x, positions, table)
     torch.testing.assert_close(found, expected[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
-
-
-def test_rope_turns_pairs_by_position_times_frequency() -> None:
-    positions, theta, head_dim = torch.tensor([0, 1, 4000]), 10000.0, 8
-    x = random(3, 2, head_dim)
-    found = apply_rope(x, *rope_angles(positions, head_dim, theta, torch.float32)).double().numpy()
-    for row, position in enumerate(positions.tolist()):
-        for pair in range(head_dim // 2):
-            angle = position * theta ** (-2 * pair / head_dim)
-            turned = (x[row, :, pair].numpy() + 1j * x[row, :, pair + head_dim // 2].numpy()) * np.exp(1j * angle)
-            np.testing.assert_allclose(found[row, :, pair], turned.real, atol=1e-3)
-            np.testing.assert_allclose(found[row, :, pair + head_dim // 2], turned.imag, atol=1e-3)
 
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
