@@ -51,9 +51,10 @@ def continuous(queues: Queues, deployment: Deployment) -> list[Work]:
         while queues.admit():
             pass
         return _prompts_or_decode(queues, deployment)
-    work, prompts = _decode(queues, deployment.token_budget)
+    work, prompts = _decode(queues)
     budget = deployment.token_budget - len(work)
     wanted = sum(sequence.pending for sequence in prompts)
+    # Who is admitted gets a token at least, so that those who run, and decodes with them, never outnumber the budget.
     while wanted < budget and (sequence := queues.admit()):
         prompts.append(sequence)
         wanted += sequence.pending
@@ -65,11 +66,11 @@ def _prompts_or_decode(queues: Queues, deployment: Deployment) -> list[Work]:
     prompts = [sequence for sequence in queues.running if _is_prefilling(sequence)]
     if prompts:
         return _prefill(queues, prompts, deployment.token_budget, deployment.chunked_prefill)
-    return _decode(queues, queues.max_batch)[0]
+    return _decode(queues)[0]
 
 
-def _decode(queues: Queues, most: int) -> tuple[list[Work], list[Sequence]]:
-    """One token for up to ``most`` sequences past their prompt, oldest first, each with a block to write it to.
+def _decode(queues: Queues) -> tuple[list[Work], list[Sequence]]:
+    """One token for each sequence past its prompt, oldest first, with a block to write it to.
 
     Also returns who is not past its prompt yet. One pass with few calls, for every step makes it over hundreds.
     """
@@ -85,8 +86,6 @@ def _decode(queues: Queues, most: int) -> tuple[list[Work], list[Sequence]]:
             prompts.append(sequence)
         elif tokens < sequence.limit and (tokens <= len(sequence.blocks) * block_size or queues.grow(sequence)):
             work.append(share)
-            if len(work) == most:
-                break
     return work, prompts
 
 

@@ -99,7 +99,10 @@ def test_who_does_not_fit_waits_and_holds_nothing() -> None:
     )
     assert queues.blocks.used == 3
     queues.leave(first)
-    assert queues.admit() and queues.blocks.used == 5
+    second = queues.admit()
+    assert second and queues.blocks.used == 5
+    queues.leave(second)
+    assert queues.blocks.used == 0
 
 
 def test_rows_are_given_back_and_blocks_are_copied_anew() -> None:
