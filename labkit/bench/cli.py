@@ -35,7 +35,9 @@ def bench(
         int | None, typer.Option(min=1, help="Requests of a workload (of users: measured at each number of them).")
     ] = None,
     slo_ms: Annotated[float, typer.Option(min=1, help="users: the limit of P95 end-to-end latency.")] = 800.0,
-    peers: Annotated[str, typer.Option(help="all (that are installed), none, or names with commas.")] = "all",
+    peers: Annotated[
+        str, typer.Option(help="all that are installed, none (kernels too), or names with commas.")
+    ] = "all",
     only: Annotated[
         list[str] | None, typer.Option(help="attention, elementwise: only cases with this in their name.")
     ] = None,

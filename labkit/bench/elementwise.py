@@ -12,7 +12,7 @@ from torch import Tensor
 from labkit.bench.operators import Case, compiled
 from labkit.deployment import Deployment
 from labkit.kernels.activation import gelu, gelu_reference, silu_mul, silu_mul_reference
-from labkit.kernels.linear import linear, linear_triton
+from labkit.kernels.linear import linear, linear_triton, norm_linear, norm_linear_silu_mul
 from labkit.kernels.norm import add_rms_norm, add_rms_norm_reference
 from labkit.kernels.rope import RopeTable, rope_write, rope_write_reference
 from labkit.kernels.sampling import greedy, sample, sample_reference
@@ -45,11 +45,16 @@ def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     found = [make(rows, width, device, dtype) for make in makers for rows, width in sizes]
     found += [_rope_write(rows, device, dtype) for rows in ROWS[kind]]
     found += [_greedy(*VOCAB[kind], device), _nucleus(*VOCAB[kind], device)]
-    shapes = MATRICES if kind == "cuda" else {"small": {"qkv": (640, 384)}}
+    shapes = MATRICES if kind == "cuda" else {"small": {"qkv": (640, 384), "gate_up": (512, 384)}}
     for model, matrices in shapes.items():
         found += [
             _linear(f"{model} {name}", rows, *shape, device, dtype)
             for name, shape in matrices.items()
+            for rows in SKINNY
+        ]
+        found += [
+            _norm_linear(f"{model} {name}", rows, *matrices[name], device, dtype)
+            for name in ("qkv", "gate_up")
             for rows in SKINNY
         ]
     return found
@@ -184,6 +189,34 @@ def _linear(name: str, rows: int, outputs: int, inputs: int, device: torch.devic
             "labkit Triton": linear_triton if device.type == "cuda" else "CUDA only",
             "F.linear": F.linear,
         },
+        bytes=outputs * inputs * dtype.itemsize,
+    )
+
+
+def _norm_linear(name: str, rows: int, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Residual, norm, projection, and SwiGLU after ``gate_up``, as the engine calls them. The bytes are the weight's."""
+    gated = name.endswith("gate_up")
+
+    def make(seed: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype) / inputs**0.5
+        x, residual = torch.randn(2, rows, inputs, device=device, dtype=dtype)
+        return x, residual, torch.randn(inputs, device=device, dtype=dtype), weight
+
+    def ours(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return (norm_linear_silu_mul if gated else norm_linear)(x, residual, norm, EPS, weight)
+
+    def plain(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        normed, total = add_rms_norm_reference(x, residual, norm, EPS)
+        product = F.linear(normed, weight)
+        return silu_mul_reference(product) if gated else product, total
+
+    return Case(
+        workload="elementwise: norm + linear of few rows",
+        size=f"{name} {outputs} x {inputs}, M={rows}",
+        make=make,
+        reference=lambda *tensors: plain(*(each.float() for each in tensors)),
+        contestants={"labkit": ours, "eager": plain},
         bytes=outputs * inputs * dtype.itemsize,
     )
 

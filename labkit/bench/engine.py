@@ -57,10 +57,13 @@ class Options:
 
     @property
     def variants(self) -> dict[str, Deployment]:
-        """Name of a line -> deployment."""
+        """Name of a line -> deployment. Raises UserError for a knob that does not go with the others."""
         made = {OURS: self.deployment}
         for knob, value in self.without:
-            made[f"{knob}={value}"] = replace(self.deployment, **{knob: value})
+            try:
+                made[f"{knob}={value}"] = replace(self.deployment, **{knob: value})
+            except ValueError as error:
+                raise UserError(f"not a deployment: {error}") from error
         return made
 
 
@@ -73,6 +76,7 @@ class EngineBench:
     def __init__(self, options: Options, ceilings: Ceilings, book: Book, say: Say) -> None:
         self.options, self.ceilings, self.book, self.say = options, ceilings, book, say
         self.device = torch_device(options.deployment.device)
+        self.variants = list(options.variants.items())
         self.directory = resolve_model(options.deployment.model)
         self.cost: ModelCost = model_cost(self.directory)
         self.answers: dict[str, list[list[int]]] = {}
@@ -92,7 +96,7 @@ class EngineBench:
 
     def _run_variants(self) -> None:
         """Repeats of the variants, to and fro, so that drift hits all alike; a core lives as long as it comes next."""
-        variants = list(self.options.variants.items())
+        variants = self.variants
         plan = [
             (repeat, *variant)
             for repeat in range(self.options.repeat)
@@ -207,11 +211,8 @@ class EngineBench:
 
     def _run_peer(self, peer: Peer) -> None:
         deployment = self.options.deployment
-        longest = max(
-            len(each.prompt_ids) + each.new_tokens for name in self._names for each in self._requests(name, 0)
-        )
         dtype = DTYPES[deployment.dtype]
-        target = Target(self.directory, self.device, dtype, deployment.random_weights, min(self.max_context, longest))
+        target = Target(self.directory, self.device, dtype, deployment.random_weights, self.max_context)
         self.say(f"{peer.name}: loading")
         began = time.monotonic()
         try:

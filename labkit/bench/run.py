@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from labkit.bench.ceilings import measure_ceilings
-from labkit.bench.engine import ENGINE_WORKLOADS, EngineBench, Options
-from labkit.bench.operators import run_case
+from labkit.bench.engine import ENGINE_WORKLOADS, OURS, EngineBench, Options
+from labkit.bench.operators import Case, run_case
 from labkit.bench.peers import PEERS, free
 from labkit.bench.rows import keeping
 from labkit.errors import UserError
@@ -45,9 +46,22 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
             EngineBench(options, ceilings, book, say).run()
         cases = [case for name in options.workloads for case in _cases(name, device, dtype)]
         wanted = [case for case in cases if not only or any(word in f"{case.workload}, {case.size}" for word in only)]
-        for case in wanted:
+        if not options.peers:
+            wanted = [ours_alone(case) for case in wanted]
+        began = time.monotonic()
+        for done, case in enumerate(wanted):
+            left = (time.monotonic() - began) / done * (len(wanted) - done) if done else 0.0
+            say(
+                f"[{done + 1}/{len(wanted)}] {case.workload}, {case.size}{f': about {left:.0f} s left' if left else ''}"
+            )
             run_case(case, device, ceilings, book, say)
     return made[0]
+
+
+def ours_alone(case: Case) -> Case:
+    return dataclasses.replace(
+        case, contestants={name: call for name, call in case.contestants.items() if name.startswith(OURS)}
+    )
 
 
 def check_workloads(names: Sequence[str]) -> tuple[str, ...]:

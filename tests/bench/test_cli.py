@@ -28,7 +28,8 @@ def test_a_bench_is_printed_and_kept(tiny_model, tmp_path):
         "--without", "chunked_prefill", "--set", "max_batch=4", "--only", "GELU", "--runs", str(tmp_path),
     )  # fmt: skip
     assert "ceilings: copy" in output and "warm after" in output
-    assert "chunked_prefill=False" in output and "elementwise: GELU" in output and "SwiGLU" not in output
+    assert "chunked_prefill=False" in output and "elementwise: GELU" in output
+    assert "SwiGLU" not in output and "eager" not in output
     (run,) = RunStore(tmp_path).list()
     assert str(run.path) in output.replace("\n", "")
     assert run.manifest["deployment"]["max_batch"] == 4 and run.manifest["without"] == [["chunked_prefill", False]]
