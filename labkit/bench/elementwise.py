@@ -194,7 +194,7 @@ def _linear(name: str, rows: int, outputs: int, inputs: int, device: torch.devic
 
 
 def _norm_linear(name: str, rows: int, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype) -> Case:
-    """Residual, norm, projection, and SwiGLU after ``gate_up``, as the engine calls them. The bytes are the weight's."""
+    """Residual, norm, projection, and SwiGLU after ``gate_up``, as the engine has them. The bytes are the weight's."""
     gated = name.endswith("gate_up")
 
     def make(seed: int) -> tuple[Tensor, ...]:

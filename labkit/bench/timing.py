@@ -16,7 +16,7 @@ REPLAYS = 15
 REPLAY_S = 1e-2
 """How long the calls of one graph take when launched singly: enough for starting it to cost nothing beside."""
 LONG_S = 1e-3
-"""What a launch costs is nothing beside a call of this length, and many in a row would heat the GPU out of its clock."""
+"""A launch costs nothing beside a call of this length, and many in a row would heat the GPU out of its clock."""
 
 Call = Callable[..., object]
 
