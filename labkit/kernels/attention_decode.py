@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 TILES = {64: Tile(128, 4, 4), 128: Tile(64, 4, 4), 256: Tile(32, 4, 4)}
 """By head size, rounded up to a power of two: 32 KiB of keys and values a stage and three buffers of that, so that two
-programs share a multiprocessor and each keeps 64 KiB under way."""
+programs share a multiprocessor and each keeps 64 KiB under way. For types of 16 bits; float32 takes half the tokens."""
 
 
 def decode_attention(
@@ -105,6 +105,7 @@ def decode_attention_triton(
     splits = splits or most
     padded = triton.next_power_of_2(head_dim)
     tile = TILES.get(padded, TILES[64])
+    tokens = tile.tokens * 2 // queries.element_size()
     parts = out
     if splits > 1:
         parts = torch.empty(splits * sequences * heads * (padded + 2), dtype=torch.float32, device=queries.device)
@@ -113,14 +114,14 @@ def decode_attention_triton(
         queries, cache, block_tables, contexts, out, parts,
         scale * LOG2_E, queries.stride(0), out.stride(0), block_tables.stride(0), blocks,
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, PADDED_DIM=padded,
-        BLOCK_SIZE=block_size, TILE=tile.tokens, CHUNK=max(chunk, tile.tokens), SPLIT=splits > 1,
+        BLOCK_SIZE=block_size, TILE=tokens, CHUNK=max(chunk, tokens), SPLIT=splits > 1,
         PRECISION=precision(queries.dtype), PDL=PDL,
         num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=PDL,
     )  # fmt: skip
     if splits > 1:
         _combine[(sequences, heads)](
             parts, contexts, out, out.stride(0), splits,
-            HEAD_DIM=head_dim, PADDED_DIM=padded, TILE=tile.tokens, CHUNK=max(chunk, tile.tokens), SPLITS_AT_ONCE=16,
+            HEAD_DIM=head_dim, PADDED_DIM=padded, TILE=tokens, CHUNK=max(chunk, tokens), SPLITS_AT_ONCE=16,
             PDL=PDL, num_warps=4, launch_pdl=PDL,
         )  # fmt: skip
     return out
