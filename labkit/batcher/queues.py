@@ -58,13 +58,14 @@ class Queues:
         if sequence.row < 0:
             return False
         lacking = self._blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        if lacking <= 0:
+            return True
         while lacking > self.blocks.free:
             latest = next(reversed(self.running))
             self._preempt(latest)
             if latest is sequence:
                 return False
-        if lacking > 0:
-            sequence.blocks += self.blocks.take(lacking)
+        sequence.blocks += self.blocks.take(lacking)
         return True
 
     def leave(self, sequence: Sequence) -> None:

@@ -39,9 +39,11 @@ class BlockManager:
             block, _ = self._unused.popitem(last=False)
             self._index.forget(block)
             self._empty.append(block)
-        taken = [self._empty.pop() for _ in range(count)]
-        for block in taken:
+        taken = []
+        for _ in range(count):
+            block = self._empty.pop()
             self._holders[block] = 1
+            taken.append(block)
         return taken
 
     def match(self, tokens: list[int], block_size: int) -> list[int]:
