@@ -24,11 +24,10 @@ LOG2_E = 1.4426950408889634
 
 RESIDENT_PROGRAMS = 2 * 132
 """Programs that an H100 or H200 runs at once: two on each multiprocessor, by their shared memory."""
-WAVES = 6
-"""How often those are refilled at most: enough to even out contexts of different lengths."""
 MOST_SPLITS = 128
-CHUNK = {"few": 64, "many": 512}
+CHUNK = {"few": 64, "many": 256}
 """Fewest tokens of a part. Where sequences are few, latency counts; where they fill the GPU, what each part costs."""
+FEW = 32
 
 
 class Tile(NamedTuple):
@@ -39,7 +38,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-TILES = {64: Tile(128, 4, 4), 128: Tile(64, 4, 4), 256: Tile(32, 4, 4)}
+TILES = {64: Tile(128, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)}
 """By head size, rounded up to a power of two: 32 KiB of keys and values a stage and three buffers of that, so that two
 programs share a multiprocessor and each keeps 64 KiB under way. For types of 16 bits; float32 takes half the tokens."""
 
@@ -79,9 +78,10 @@ def splits_for(programs: int, tokens: int) -> tuple[int, int]:
     """Into how many parts contexts are cut at most, and the fewest tokens of a part.
 
     programs: sequences times key-value heads; tokens: the longest context that the block tables have room for.
+    Measured on an H200: as soon as whole contexts fill the GPU, cutting them costs more than it evens out.
     """
-    chunk = CHUNK["few" if programs < RESIDENT_PROGRAMS // 2 else "many"]
-    wanted = triton.cdiv(WAVES * RESIDENT_PROGRAMS, programs)
+    chunk = CHUNK["few" if programs < FEW else "many"]
+    wanted = 1 if programs >= RESIDENT_PROGRAMS else triton.cdiv(3 * RESIDENT_PROGRAMS, 2 * programs)
     return max(1, min(wanted, triton.cdiv(tokens, chunk), MOST_SPLITS)), chunk
 
 

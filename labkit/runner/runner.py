@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,13 +13,15 @@ from labkit.deployment import Deployment
 from labkit.errors import UserError
 from labkit.kernels.attention import DECODE_BATCH_TOKENS
 from labkit.kernels.sampling import greedy, sample
-from labkit.models.loading import Checkpoint, load_model
+from labkit.models.loading import ALONE, Checkpoint, load_model
+from labkit.models.parallel import Parallel
 from labkit.request import SamplingParams, TokenLogprob
 from labkit.runner import cache as kv
 from labkit.runner.graphs import CHUNKS, GraphPool, decode_sizes, mixed_sizes
 from labkit.runner.inputs import BlockTables, Mailbox, Size, StepInputs, arrays, capacity_bytes, metadata, size_of
 from labkit.runner.sampling import Logprobs, gather_logprobs, read_logprobs
 from labkit.runner.sequence import Sequence, Work
+from labkit.runner.workers import Workers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,36 +44,58 @@ class Launched(NamedTuple):
     """[sampled] int64 on the host; pinned on CUDA."""
     logprobs: Logprobs | None
     ready: torch.cuda.Event | None
+    workers: Workers | None = None
 
     def wait(self) -> list[Sampled]:
         """The tokens, once they are there."""
         if self.ready is not None:
             self.ready.synchronize()
+        if self.workers is not None:
+            self.workers.check()
         tokens = self.tokens.tolist()
         logprobs = read_logprobs(self.logprobs, tokens, [sequence.sampling for sequence in self.sampled])
         return [Sampled(*each) for each in zip(self.sampled, tokens, logprobs, strict=True)]
 
 
 class Runner:
-    """The model, its KV cache and the device they are on."""
+    """The model, or a rank's part of it, its KV cache and the device they are on."""
 
-    def __init__(self, checkpoint: Checkpoint, deployment: Deployment) -> None:
-        """Loads the weights and allocates the cache. Raises UserError for a bad checkpoint or too little memory."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        deployment: Deployment,
+        parallel: Parallel = ALONE,
+        workers: Workers | None = None,
+    ) -> None:
+        """Loads the weights and allocates the cache. Raises UserError for a bad checkpoint or too little memory.
+
+        ``workers`` are the other ranks, of whom rank 0 has the cache allocated and every step done as here.
+        """
         self.device, dtype = torch_device(deployment.device), DTYPES[deployment.dtype]
         self.block_size = deployment.kv_block_size
         self.deployment = deployment
-        self._graphs = GraphPool(captured_sizes(deployment, self.device))
-        self.model = load_model(checkpoint, self.device, dtype, random_weights=deployment.random_weights)
+        self._graphs = GraphPool(captured_sizes(deployment, self.device, chunks=checkpoint.shape.latent is None))
+        self.model = load_model(checkpoint, self.device, dtype, parallel, deployment.random_weights)
         shape = self.model.shape
         context = min(shape.max_positions, deployment.max_context or shape.max_positions)
         blocks = deployment.kv_blocks
         if blocks is None:
             room = kv.free_bytes(self.device, self._activation_bytes(context))
+            if self.device.type == "cpu":
+                room //= parallel.world
             per_block = kv.block_bytes(shape, self.block_size, dtype)
             blocks = kv.count_blocks(room, per_block, deployment.max_batch * context, self.block_size)
+        self.blocks = blocks
+        """KV blocks; those of a worker are what would fit until rank 0 has them allocated."""
+        self._workers = workers
+        if parallel.rank > 0:
+            return
+        if workers is not None:
+            weakref.finalize(self, _end, self._graphs, workers)
+            blocks = min(blocks, *workers.answers())
         # A context that is asked for stays, and what does not fit is refused; one that is not asked for is what fits.
         self.max_context = context if deployment.max_context else min(context, blocks * self.block_size)
-        self._allocate(blocks, self.max_context)
+        self._everywhere("allocate", blocks, self.max_context)
 
     @torch.inference_mode()
     def launch(self, work: list[Work]) -> Launched:
@@ -78,15 +104,37 @@ class Runner:
         work = sorted(work, key=lambda share: share.tokens > 1)
         size = size_of(work)
         captured = self._fit(size)
-        inputs = self._mailbox.send(arrays(work, captured or size, self.tables, self.block_size))
+        parts = arrays(work, captured or size, self.tables, self.block_size)
+        found = self._everywhere("run", parts, captured or size, captured is not None)
+        if found is None:
+            return Launched(work, [], torch.empty(0, dtype=torch.int64), None, None)
+        return self._reply(work, *found)
+
+    @torch.inference_mode()
+    def run(self, parts: dict[str, np.ndarray], size: Size, captured: bool) -> tuple[Tensor, Tensor] | None:
+        """Computes a step on this rank, of which ``parts`` is all there is to know, and keeps the sampled tokens on the
+        device for the next step. ``captured``: whether there is a graph of ``size``.
+
+        Returns logits [samples, vocab] and the tokens sampled from them, [samples] int64; None where there are none.
+        """
+        inputs = self._mailbox.send(parts)
         if len(inputs.new_blocks):
             self.tables.device.view(-1).index_copy_(0, inputs.new_places, inputs.new_blocks)
-        if captured is not None:
-            hidden = self._graphs.replay(captured)
+        if captured:
+            hidden = self._graphs.replay(size)
         else:
-            lens = [share.tokens for share in work], [share.sequence.computed + share.tokens for share in work]
+            lens = np.diff(parts["query_starts"]).tolist(), parts["contexts"].tolist()
             hidden = self._forward(inputs, size, lens)
-        return self._sample(hidden, inputs, work)
+        if not len(inputs.sample_tokens):
+            return None
+        logits = self.model.logits(hidden[inputs.sample_tokens])
+        if len(inputs.temperature):
+            filters = inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p
+            tokens = sample(logits, *filters, inputs.uniforms)
+        else:
+            tokens = greedy(logits)
+        self._last_tokens.index_copy_(0, inputs.sample_rows, tokens)
+        return logits, tokens
 
     def warm_up(self) -> None:
         """Pays for what only happens once: compiles kernels by running steps of several shapes, and captures graphs."""
@@ -97,7 +145,15 @@ class Runner:
             self.launch([Work(probe, tokens)]).wait()
             probe.computed += tokens
         for size in self._graphs.sizes:
-            self._capture(size)
+            self._everywhere("capture", size)
+
+    def _everywhere(self, method: str, *args: Any) -> Any:
+        """Calls one of the methods that all ranks must call alike: on the workers, if there are any, and here."""
+        if self._workers is None:
+            return getattr(self, method)(*args)
+        with self._workers.together():
+            self._workers.call(method, *args)
+            return getattr(self, method)(*args)
 
     def _forward(self, inputs: StepInputs, size: Size, lens: tuple[list[int], list[int]]) -> Tensor:
         """Hidden states [tokens, hidden] of a step; ``lens`` as in ``metadata``."""
@@ -107,28 +163,18 @@ class Runner:
         meta = metadata(inputs, self.tables, size, lens, self.deployment.attention == "triton")
         return self.model(token_ids, inputs.positions, self.cache, meta)
 
-    def _sample(self, hidden: Tensor, inputs: StepInputs, work: list[Work]) -> Launched:
-        """Samples, keeps the tokens on the device for the next step, and starts their way to the host."""
+    def _reply(self, work: list[Work], logits: Tensor, tokens: Tensor) -> Launched:
+        """Starts the sampled tokens' way to the host."""
         ending = [share.sequence for share in work if share.samples]
-        if not ending:
-            return Launched(work, [], torch.empty(0, dtype=torch.int64), None, None)
-        sampling = [sequence.sampling for sequence in ending]
-        logits = self.model.logits(hidden[inputs.sample_tokens])
-        if len(inputs.temperature):
-            filters = inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p
-            tokens = sample(logits, *filters, inputs.uniforms)
-        else:
-            tokens = greedy(logits)
-        self._last_tokens.index_copy_(0, inputs.sample_rows, tokens)
-        logprobs = gather_logprobs(logits, tokens, sampling)
+        logprobs = gather_logprobs(logits, tokens, [sequence.sampling for sequence in ending])
         if self.device.type != "cuda":
-            return Launched(work, ending, tokens, logprobs, None)
+            return Launched(work, ending, tokens, logprobs, None, self._workers)
         self._replies.reverse()
         reply = self._replies[0][: len(ending)]
         reply.copy_(tokens, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Launched(work, ending, reply, logprobs, ready)
+        return Launched(work, ending, reply, logprobs, ready, self._workers)
 
     def _fit(self, size: Size) -> Size | None:
         """The captured size that a step is padded to, if there is one."""
@@ -136,14 +182,14 @@ class Runner:
         return fitting if fitting in self._graphs else None
 
     @torch.inference_mode()
-    def _capture(self, size: Size) -> None:
+    def capture(self, size: Size) -> None:
         """Captures a step of padding alone."""
         parts = arrays([], size, self.tables, self.block_size)
         self._mailbox.send(parts)
         inputs, out = self._mailbox.where(parts), self._hidden[: size.tokens]
         self._graphs.capture(size, lambda: out.copy_(self._forward(inputs, size, ([], []))))
 
-    def _allocate(self, blocks: int, context: int) -> None:
+    def allocate(self, blocks: int, context: int) -> None:
         """The KV cache and everything of which there is one for as long as the runner lives."""
         deployment, shape, device = self.deployment, self.model.shape, self.device
         dtype = DTYPES[deployment.dtype]
@@ -167,7 +213,7 @@ class Runner:
         tokens = max(deployment.token_budget, deployment.max_batch, 0 if deployment.chunked_prefill else context)
         each = -(-min(tokens, context) // self.block_size)
         count = -(-tokens // (each * self.block_size))
-        self._allocate(each * count, context)
+        self.allocate(each * count, context)
         work = []
         for i in range(min(count, deployment.max_batch)):
             blocks = list(range(i * each, (i + 1) * each))
@@ -187,12 +233,34 @@ class Runner:
         return peak + gathered + 4 * 4 * deployment.max_batch * shape.vocab_size
 
 
-def captured_sizes(deployment: Deployment, device: torch.device) -> list[Size]:
-    """The sizes of steps to have graphs of: none on the CPU, and none with PyTorch's attention, which is not static."""
+def _end(graphs: GraphPool, workers: Workers) -> None:
+    graphs.clear()  # NCCL does not let go of what captured steps refer to
+    workers.close()
+
+
+def build_runner(checkpoint: Checkpoint, deployment: Deployment) -> Runner:
+    """The runner of a deployment, with as many workers as it asks for. Raises UserError as Runner does, and where the
+    model cannot be split, or one of the workers fails."""
+    if deployment.tensor_parallel == 1:
+        return Runner(checkpoint, deployment)
+    workers = Workers(checkpoint, deployment, torch_device(deployment.device))
+    try:
+        with workers.together():
+            return Runner(checkpoint, deployment, workers.parallel, workers)
+    except BaseException:
+        workers.close()
+        raise
+
+
+def captured_sizes(deployment: Deployment, device: torch.device, chunks: bool = True) -> list[Size]:
+    """The sizes of steps to have graphs of: none on the CPU, and none with PyTorch's attention, which is not static.
+
+    ``chunks``: whether steps with prompts are worth it; those of latent attention are faster when lengths are known.
+    """
     if device.type != "cuda" or not deployment.cuda_graphs or deployment.attention != "triton":
         return []
     sizes = [Size(decodes) for decodes in decode_sizes(deployment.max_batch)]
-    if deployment.batching == "continuous" and deployment.chunked_prefill:
+    if chunks and deployment.batching == "continuous" and deployment.chunked_prefill:
         sizes += mixed_sizes(deployment.max_batch, deployment.token_budget)
     return sizes
 

@@ -38,3 +38,4 @@ def test_only_static_steps_on_a_gpu_are_captured() -> None:
         assert captured_sizes(Deployment(**knobs), cuda) == []
     assert any(size.chunks for size in captured_sizes(Deployment(), cuda))
     assert not any(size.chunks for size in captured_sizes(Deployment(chunked_prefill=False), cuda))
+    assert not any(size.chunks for size in captured_sizes(Deployment(), cuda, chunks=False))
