@@ -336,6 +336,9 @@ def serve(
     as_first_deployed: Annotated[
         bool, typer.Option("--as-first-deployed", help="Start from the first deployment.")
     ] = False,
+    at_full_speed: Annotated[
+        bool, typer.Option("--at-full-speed", help="Start from the best one on a GPU: everything on, bfloat16.")
+    ] = False,
     knobs: Annotated[list[str] | None, typer.Option("--set", help="One knob: NAME=VALUE. May be repeated.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
@@ -354,7 +357,7 @@ def serve(
     """Serve a model over an OpenAI-compatible API; prints "ready on URL" once it is warm."""
     from labkit.serving.knobs import deployment_from
 
-    served = deployment_from(model, deployment, as_first_deployed, knobs or [])
+    served = deployment_from(model, deployment, as_first_deployed, knobs or [], at_full_speed)
     from labkit.serving.options import ServerOptions
     from labkit.serving.server import default_temperature, name_of
     from labkit.serving.server import serve as run_server

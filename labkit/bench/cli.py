@@ -51,6 +51,8 @@ def bench(
 ) -> None:
     """Measure the engine and its kernels in process, beside their peers and against this machine's ceilings.
 
+    On a GPU the deployment is the one at full speed, without prefix cache: no two prompts begin alike.
+
     labkit bench mix --requests 16 --repeat 1
 
     labkit bench throughput decode --random-weights deepseek-r1-distill-qwen-1.5b --peers none
@@ -66,13 +68,14 @@ def bench(
 
     names = check_workloads(workloads or [])
     place = torch_device(device).type
-    given = [f"dtype={dtype or ('bfloat16' if place == 'cuda' else 'float32')}", f"device={place}"]
+    given = ["device=cpu"] if place == "cpu" else ["prefix_cache=false"]
+    given += [f"dtype={dtype}"] if dtype else []
     if random_weights is not None:
         if model is not None:
             raise UserError("--model and --random-weights are two models; give one")
         model = shape_directory(random_weights)
         given.append("random_weights=true")
-    deployment = deployment_from(model, knobs=[*given, *(knobs or [])])
+    deployment = deployment_from(model, knobs=[*given, *(knobs or [])], at_full_speed=place == "cuda")
     options = Options(
         workloads=names,
         deployment=deployment,

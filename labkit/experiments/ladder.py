@@ -35,13 +35,16 @@ CUDA_STEPS: list[tuple[str, str, Any, str]] = [
     ("CUDA graphs", "cuda_graphs", True, "one launch for a step's hundreds of kernels"),
     ("asynchronous scheduling", "async_scheduling", True, "the next step is prepared while the GPU computes this one"),
     ("prefix cache", "prefix_cache", True, "what prompts have in common at their beginning is computed once"),
+    ("batches of hundreds", "max_batch", 1024, "a decode step reads the weights once, for however many"),
+    ("longer steps", "token_budget", 8192, "prompts fill the GPU's matrix units"),
+    ("larger KV blocks", "kv_block_size", 64, "a tile of keys is one piece of memory"),
 ]
 
 
 def ladder(model: str = SHIPPED_MODEL, device: str = "cpu", **knobs: Any) -> list[Rung]:
     """The rungs in order; each differs from the one before in exactly one knob. ``knobs`` hold all the way up.
 
-    What only a GPU can do is a rung only on ``device`` "cuda"; bfloat16 is too, for few CPUs compute in it faster than in
+    On ``device`` "cuda" it ends in ``Deployment.at_full_speed``. What only a GPU can do is a rung only on ``device`` "cuda"; bfloat16 is too, for few CPUs compute in it faster than in
     float32.
     """
     first = Deployment.as_first_deployed(model, device=device, **knobs)

@@ -64,7 +64,9 @@ def paged_attention_reference(queries: Tensor, cache: Tensor, meta: AttentionMet
     first = begin = meta.decodes if queries.is_cuda else 0
     for piece in _pieces(meta.context_lens[:first], DECODE_BATCH_TOKENS):
         longest = max(meta.context_lens[piece])
-        out[piece] = _decode_batch(queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest, scale)
+        out[piece] = _decode_batch(
+            queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest, scale
+        )
     for i in range(first, len(meta.query_lens)):
         end = begin + meta.query_lens[i]
         keys, values = _gather(cache, meta.block_tables[i], meta.context_lens[i])

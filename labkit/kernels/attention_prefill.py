@@ -39,8 +39,10 @@ SHORT_CHUNKS = Tile(64, 64, 4, 3)
 SHORT = 64
 EXACT = Tile(64, 32, 4, 2)
 """For float32, which takes twice the memory and more registers."""
-DENSE = {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2)}
-"""By head size, for dense tensors, which tensor descriptors (TMA) read."""
+DENSE, DENSE_LONG = Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)
+"""For dense tensors, which tensor descriptors (TMA) read; the larger one for heads of 128 and from ``LONG`` tokens on,
+where fewer of its rows are on the diagonal."""
+LONG = 2048
 
 
 def prefill_attention(
@@ -138,7 +140,9 @@ def dense_attention_triton(
 ) -> Tensor:
     """``dense_attention`` by this project's kernel. All contiguous; head_dim is a power of two up to 128."""
     batch, heads, tokens, head_dim = queries.shape
-    tile = tile or (EXACT if queries.dtype == torch.float32 else DENSE[max(64, head_dim)])
+    if tile is None:
+        long = head_dim == 128 and tokens >= LONG
+        tile = EXACT if queries.dtype == torch.float32 else DENSE_LONG if long else DENSE
     out = torch.empty_like(queries)
     blocks = ([tile.queries, head_dim], [tile.keys, head_dim], [tile.keys, head_dim])
     tensors = (queries, keys, values)
@@ -297,8 +301,7 @@ def _chunk_case(group: int, head_dim: int, block_size: int, tile: Tile) -> Compi
     return CompileCase(name, _prefill, {**pointers, **numbers}, constexprs, tile.num_warps, tile.num_stages, hgmma=True)
 
 
-def _dense_case(head_dim: int, causal: bool) -> CompileCase:
-    tile = DENSE[head_dim]
+def _dense_case(head_dim: int, causal: bool, tile: Tile) -> CompileCase:
     described = {
         "queries": f"tensordesc<bf16[{tile.queries}, {head_dim}]>",
         "keys": f"tensordesc<bf16[{tile.keys}, {head_dim}]>",
@@ -308,7 +311,7 @@ def _dense_case(head_dim: int, causal: bool) -> CompileCase:
         "HEAD_DIM": head_dim, "QUERIES": tile.queries, "KEYS": tile.keys, "CAUSAL": causal, "PRECISION": "tf32"
     }  # fmt: skip
     signature = {**described, "out": "*bf16", "scale": "fp32", "tokens": "i32"}
-    name = f"prefill dense d{head_dim}{' causal' if causal else ''}"
+    name = f"prefill dense {tile.queries} x {tile.keys} d{head_dim}{' causal' if causal else ''}"
     return CompileCase(name, _dense, signature, constexprs, tile.num_warps, tile.num_stages, hgmma=True)
 
 
@@ -318,7 +321,8 @@ COMPILE_CASES = [
     _chunk_case(4, 96, 16, CHUNKS),
     _chunk_case(2, 64, 16, CHUNKS),
     _chunk_case(6, 128, 16, SHORT_CHUNKS),
-    _dense_case(128, causal=True),
-    _dense_case(64, causal=True),
-    _dense_case(128, causal=False),
+    _dense_case(128, True, DENSE_LONG),
+    _dense_case(128, True, DENSE),
+    _dense_case(64, True, DENSE),
+    _dense_case(128, False, DENSE_LONG),
 ]

@@ -13,18 +13,24 @@ from labkit.errors import UserError
 
 
 def deployment_from(
-    model: str | None, given: str | None = None, as_first_deployed: bool = False, knobs: Sequence[str] = ()
+    model: str | None,
+    given: str | None = None,
+    as_first_deployed: bool = False,
+    knobs: Sequence[str] = (),
+    at_full_speed: bool = False,
 ) -> Deployment:
     """``given`` is a JSON object or a file that holds one, each of ``knobs`` is ``name=value``; the later ones win, and
     ``model`` wins over all. Raises UserError for a knob or value that does not exist.
     """
-    if given is not None and as_first_deployed:
-        raise UserError("--deployment and --as-first-deployed are two starting points; give one")
+    if (given is not None) + as_first_deployed + at_full_speed > 1:
+        raise UserError("--deployment, --as-first-deployed and --at-full-speed are starting points; give one")
     try:
         if given is not None:
             start = Deployment.from_json(given if given.lstrip().startswith("{") else _read(given))
+        elif as_first_deployed:
+            start = Deployment.as_first_deployed()
         else:
-            start = Deployment.as_first_deployed() if as_first_deployed else Deployment()
+            start = Deployment.at_full_speed() if at_full_speed else Deployment()
         changes = dict(map(_knob, knobs))
         if model is not None:
             changes["model"] = model

@@ -23,7 +23,7 @@ def test_each_rung_turns_one_knob_from_the_first_deployment_to_the_best(device):
         assert after.why
     best, default = rungs[-1].deployment, Deployment("some/model", device=device)
     if device == "cuda":
-        assert best == dataclasses.replace(default, dtype="bfloat16", async_scheduling=True, prefix_cache=True)
+        assert best == Deployment.at_full_speed("some/model")
     else:
         gpu_only = {"attention", "cuda_graphs", "async_scheduling"}
         assert set(best.differs_in(default)) == gpu_only, "these make no difference here"

@@ -13,6 +13,7 @@ def test_knobs_change_the_starting_point(tmp_path: Path) -> None:
     assert deployment_from("m") == Deployment(model="m")
     assert deployment_from(None) == Deployment()
     assert deployment_from("m", as_first_deployed=True) == Deployment.as_first_deployed("m")
+    assert deployment_from("m", at_full_speed=True) == Deployment.at_full_speed("m")
     assert deployment_from(None, '{"model": "n", "max_batch": 3}') == Deployment(model="n", max_batch=3)
     file = tmp_path / "d.json"
     file.write_text(Deployment(model="o", dtype="bfloat16").to_json())
@@ -34,6 +35,7 @@ def test_knobs_change_the_starting_point(tmp_path: Path) -> None:
         ({"given": "{"}, "JSON object"),
         ({"given": '{"speed": 11}'}, "speed"),
         ({"given": "{}", "as_first_deployed": True}, "give one"),
+        ({"at_full_speed": True, "as_first_deployed": True}, "give one"),
         ({"as_first_deployed": True, "knobs": ["batching=continuous"]}, "static"),
     ],
 )
