@@ -38,7 +38,10 @@ class TransformersCore:
         checkpoint = open_checkpoint(deployment.model)
         self.deployment = deployment
         self.device = torch_device(deployment.device)
-        self.model = load_model_for_generate(checkpoint, self.device, DTYPES[deployment.dtype], deployment.attention)
+        dtype = DTYPES[deployment.dtype]
+        self.model = load_model_for_generate(
+            checkpoint, self.device, dtype, deployment.attention, deployment.random_weights
+        )
         self.eos_token_ids = checkpoint.eos_token_ids
         self.vocab_size = checkpoint.shape.vocab_size
         self.max_context = min(checkpoint.shape.max_positions, deployment.max_context or checkpoint.shape.max_positions)

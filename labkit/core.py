@@ -15,7 +15,7 @@ from labkit.deployment import Deployment
 from labkit.models.loading import open_checkpoint
 from labkit.request import EngineStats, FinishReason, SamplingParams, TokenOutput
 from labkit.runner.blocks import BlockManager
-from labkit.runner.runner import Launched, Runner
+from labkit.runner.runner import Launched, build_runner
 from labkit.runner.sequence import PLACEHOLDER, Sequence, Work
 
 
@@ -51,14 +51,14 @@ class EngineCore(Protocol):
 
 
 class LabkitCore:
-    """The project's engine on one device."""
+    """The project's engine, on one device or on several that share each layer."""
 
     def __init__(self, deployment: Deployment, clock: Callable[[], float] = time.monotonic) -> None:
         """Loads the model. Raises UserError for a model or a device that cannot be used."""
         checkpoint = open_checkpoint(deployment.model)
         self.deployment = deployment
         self.eos_token_ids = checkpoint.eos_token_ids
-        self.runner = Runner(checkpoint, deployment)
+        self.runner = build_runner(checkpoint, deployment)
         self.max_context = self.runner.max_context
         self.vocab_size = checkpoint.shape.vocab_size
         self._queues = Queues(

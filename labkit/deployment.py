@@ -52,6 +52,8 @@ class Deployment:
     """Whether steps are replayed from captured CUDA graphs instead of launched kernel by kernel (CUDA only)."""
     async_scheduling: bool | None = None
     """Whether the next step is prepared and launched while the device computes this one. None: on CUDA."""
+    tensor_parallel: int = 1
+    """Processes, one a GPU, that share every layer of the model (``labkit`` engine only)."""
     max_queue: int | None = None
     """Requests that may wait before new ones are refused with 429; None admits all."""
     transport: Literal["http/1.1"] = "http/1.1"
@@ -66,8 +68,8 @@ class Deployment:
                 raise ValueError(f"{field.name} must be true or false; got {value!r}")
         if self.async_scheduling not in (None, True, False):
             raise ValueError(f"async_scheduling must be true, false or absent; got {self.async_scheduling!r}")
-        least_of = {"max_batch": 1, "token_budget": 1, "kv_block_size": 1, "kv_blocks": 1, "max_context": 2}
-        for name, least in least_of.items():
+        ones = ("max_batch", "token_budget", "kv_block_size", "kv_blocks", "tensor_parallel")
+        for name, least in (dict.fromkeys(ones, 1) | {"max_context": 2}).items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
@@ -81,6 +83,8 @@ class Deployment:
             raise ValueError("attention 'triton' belongs to the labkit engine; use 'eager' or 'sdpa'")
         if self.engine == "transformers" and self.batching != "static":
             raise ValueError("the transformers engine batches statically; batching must be 'static'")
+        if self.engine == "transformers" and self.tensor_parallel != 1:
+            raise ValueError("tensor_parallel belongs to the labkit engine")
 
     @classmethod
     def as_first_deployed(cls, model: str = SHIPPED_MODEL, **knobs: Any) -> Deployment:
@@ -99,6 +103,21 @@ class Deployment:
             async_scheduling=False,
         )
         return replace(first, **knobs)
+
+    @classmethod
+    def at_full_speed(cls, model: str = SHIPPED_MODEL, **knobs: Any) -> Deployment:
+        """Where the ladder ends on a GPU: everything on, with sizes for a large one."""
+        best = cls(
+            model=model,
+            device="cuda",
+            dtype="bfloat16",
+            async_scheduling=True,
+            prefix_cache=True,
+            max_batch=1024,
+            token_budget=8192,
+            kv_block_size=64,
+        )
+        return replace(best, **knobs)
 
     def differs_in(self, other: Deployment) -> dict[str, tuple[Any, Any]]:
         """The knobs in which two deployments differ: name -> (here, there)."""

@@ -74,7 +74,12 @@ class GraphPool:
         self._graphs[size].replay()
         return self._outputs[size]
 
-    def __contains__(self, size: Size) -> bool:
+    def clear(self) -> None:
+        """Frees all that was captured."""
+        self._graphs.clear()
+        self._outputs.clear()
+
+    def __contains__(self, size: Size | None) -> bool:
         return size in self._graphs
 
 
