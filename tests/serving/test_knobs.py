@@ -29,6 +29,7 @@ def test_knobs_change_the_starting_point(tmp_path: Path) -> None:
         ({"knobs": ["speed=11"]}, "no knob 'speed'"),
         ({"knobs": ["max_batch"]}, "knob=value"),
         ({"knobs": ["max_batch=0"]}, "at least 1"),
+        ({"knobs": ["tensor_parallel=0"]}, "at least 1"),
         ({"knobs": ["max_batch=many"]}, "max_batch"),
         ({"knobs": ["dtype=int3"]}, "float32, bfloat16"),
         ({"given": "/nowhere/d.json"}, "cannot read"),
@@ -37,6 +38,7 @@ def test_knobs_change_the_starting_point(tmp_path: Path) -> None:
         ({"given": "{}", "as_first_deployed": True}, "give one"),
         ({"at_full_speed": True, "as_first_deployed": True}, "give one"),
         ({"as_first_deployed": True, "knobs": ["batching=continuous"]}, "static"),
+        ({"as_first_deployed": True, "knobs": ["tensor_parallel=2"]}, "labkit engine"),
     ],
 )
 def test_mistakes_are_named(arguments: dict, says: str) -> None:
