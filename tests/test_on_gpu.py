@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+DEVICE = "cuda"
 GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)
 PLAIN: dict[str, Any] = {"attention": "sdpa", "cuda_graphs": False, "async_scheduling": False}
 KNOBS: list[dict[str, Any]] = [
@@ -84,6 +84,15 @@ def test_float32_equals_transformers_whatever_the_knobs(
     assert (stats.preemptions > 0) == ("kv_blocks" in knobs)
 
 
+def test_steps_that_are_launched_far_ahead_keep_their_inputs(prompts: list[list[int]], exact: list[list[int]]) -> None:
+    """A long prompt in small chunks samples nothing for many steps, so that nobody waits for any of them."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for knobs in ({"token_budget": 64}, {"token_budget": 64, "cuda_graphs": False}):
+        engine = Engine(Deployment(device="cuda", dtype="float32", **knobs))
+        (answer,) = engine.generate([prompts[longest]], GREEDY)
+        assert list(answer.token_ids) == exact[longest]
+
+
 def ledger_prompts(engine: Engine, count: int, seed: int) -> list[list[int]]:
     """``count`` ledger problems, three in five of them short."""
     shares = dict(zip(BUCKETS, (0.6, 0.3, 0.1), strict=True))
@@ -93,33 +102,44 @@ def ledger_prompts(engine: Engine, count: int, seed: int) -> list[list[int]]:
     return [engine.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
+def next_logits(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """The logits [answer, vocab] float32 from which a model would choose each token of an answer."""
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + answer], device=model.device)
+        return model(ids).logits[0, len(prompt) - 1 : -1].float()
+
+
 def test_everything_on_in_bfloat16_chooses_as_transformers_but_for_ties() -> None:
-    """64 tokens to each of 200 problems. Where the two differ, the first difference is a choice between logits that
-    bfloat16 cannot tell apart: transformers computes the same tokens' logits, and its favourite leads by no more than
-    one step of bfloat16 for each of the two."""
+    """64 tokens to each of 200 problems. Where an answer parts from what transformers chooses in bfloat16, the first
+    difference is a tie: in float32 the two tokens' logits differ by less than bfloat16 resolves. What it resolves is
+    measured on transformers alone: how far, at 999 of 1,000 places, bfloat16 moves its margin between the best two."""
     from transformers import AutoModelForCausalLM
 
-    engine = Engine(Deployment(device="cuda", dtype="bfloat16", prefix_cache=True))
+    engine = Engine(Deployment.at_full_speed(device=DEVICE))
     prompts = ledger_prompts(engine, 200, seed=21)
     answers = [list(completion.token_ids) for completion in engine.generate(prompts, GREEDY)]
-    reference = AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype=torch.bfloat16, attn_implementation="sdpa")
-    reference = reference.cuda().eval()
-    ties, widest = 0, 0.0
+    exact, rounded = (
+        AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype=dtype, attn_implementation="sdpa").to(DEVICE).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    moved, gaps, parted_from_itself = [], [], 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + answer], device="cuda")).logits[0, len(prompt) - 1 : -1].float()
-        theirs, ours = logits.argmax(-1), torch.tensor(answer, device="cuda")
-        if torch.equal(theirs, ours):
-            continue
-        first = int((theirs != ours).nonzero()[0])
-        lead, chosen = logits[first, theirs[first]].item(), logits[first, ours[first]].item()
-        ties += 1
-        # bfloat16 keeps 8 significant bits: so far apart are its numbers here, and each of the two logits is off by one
-        spacing = 2.0 ** (math.floor(math.log2(abs(lead))) - 7)
-        widest = max(widest, (lead - chosen) / spacing)
-        assert lead - chosen <= 2 * spacing, (first, lead, chosen)
-    print(f"{ties} of {len(prompts)} answers part at a tie, the widest of {widest:.1f} spacings of bfloat16")
-    assert ties < len(prompts) / 10
+        truth, theirs = next_logits(exact, prompt, answer), next_logits(rounded, prompt, answer)
+        best = truth.topk(2, -1).indices
+        margin = truth.gather(1, best).diff()[:, 0]
+        moved.append((theirs.gather(1, best).diff()[:, 0] - margin).abs())
+        choices, ours = theirs.argmax(-1), torch.tensor(answer, device=DEVICE)
+        parted_from_itself += not torch.equal(choices, best[:, 0])
+        if not torch.equal(choices, ours):
+            first = int((choices != ours).nonzero()[0])
+            gaps.append((truth[first, choices[first]] - truth[first, ours[first]]).abs().item())
+    resolved = torch.cat(moved).quantile(0.999).item()
+    print(
+        f"{len(gaps)} of {len(prompts)} answers part from transformers', the widest gap {max(gaps, default=0):.2f}; "
+        f"bfloat16 resolves {resolved:.2f}, and transformers parts from its own float32 in {parted_from_itself}"
+    )
+    assert all(gap <= resolved for gap in gaps), (gaps, resolved)
+    assert len(gaps) <= max(10, 1.5 * parted_from_itself)
 
 
 def test_answers_are_right_in_bfloat16() -> None:

@@ -32,17 +32,16 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-CHUNKS = Tile(128, 64, 8, 3)
+CHUNKS = Tile(64, 64, 4, 3)
 """For the paged cache."""
-SHORT_CHUNKS = Tile(64, 64, 4, 3)
-"""The same where sequences have ``SHORT`` new tokens or less on average: half the rows would be padding."""
-SHORT = 64
+LONG_CHUNKS = Tile(128, 64, 8, 3)
+"""The same where sequences have more than ``LONG`` new tokens on average: fewer rows are padding or on the diagonal."""
+LONG = 2048
 EXACT = Tile(64, 32, 4, 2)
 """For float32, which takes twice the memory and more registers."""
 DENSE, DENSE_LONG = Tile(64, 64, 4, 3), Tile(128, 128, 8, 3)
 """For dense tensors, which tensor descriptors (TMA) read; the larger one for heads of 128 and from ``LONG`` tokens on,
 where fewer of its rows are on the diagonal."""
-LONG = 2048
 
 
 def prefill_attention(
@@ -108,7 +107,7 @@ def prefill_attention_triton(
         out = torch.empty((tokens, heads, head_dim), dtype=queries.dtype, device=queries.device)
     if not tokens or not sequences:
         return out
-    chunks = SHORT_CHUNKS if tokens <= SHORT * sequences else CHUNKS
+    chunks = LONG_CHUNKS if tokens > LONG * sequences else CHUNKS
     tile = tile or (EXACT if queries.dtype == torch.float32 else chunks)
     # Every sequence may leave a part of a tile over.
     _prefill[(heads, triton.cdiv(tokens, tile.queries) + sequences)](
@@ -316,11 +315,11 @@ def _dense_case(head_dim: int, causal: bool, tile: Tile) -> CompileCase:
 
 
 COMPILE_CASES = [
+    _chunk_case(6, 128, 16, LONG_CHUNKS),
+    _chunk_case(7, 128, 64, LONG_CHUNKS),
+    _chunk_case(4, 96, 16, LONG_CHUNKS),
+    _chunk_case(2, 64, 16, LONG_CHUNKS),
     _chunk_case(6, 128, 16, CHUNKS),
-    _chunk_case(7, 128, 64, CHUNKS),
-    _chunk_case(4, 96, 16, CHUNKS),
-    _chunk_case(2, 64, 16, CHUNKS),
-    _chunk_case(6, 128, 16, SHORT_CHUNKS),
     _dense_case(128, True, DENSE_LONG),
     _dense_case(128, True, DENSE),
     _dense_case(64, True, DENSE),

@@ -166,7 +166,8 @@ def _sampling_arrays(sampled: list[Sequence]) -> dict[str, np.ndarray]:
 class Mailbox:
     """Sends the parts of a step to the device in one copy.
 
-    On CUDA two pinned buffers take turns, for the one of the step before may still be on its way.
+    On CUDA two pinned buffers take turns, for the one of the step before may still be on its way. Steps may be launched
+    faster than the device gets to them: a buffer is not written before its last copy has left.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -175,17 +176,21 @@ class Mailbox:
         self._hosts = [torch.zeros(capacity, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._arrays = [host.numpy() for host in self._hosts]
         self._device = torch.zeros(capacity, dtype=torch.uint8, device=device) if pinned else None
+        self._left = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._turn = 0
 
     def send(self, parts: dict[str, np.ndarray]) -> StepInputs:
         """The parts on the device, good until the call after the next."""
         self._turn ^= 1
+        if self._device is not None:
+            self._left[self._turn].synchronize()
         array, end = self._arrays[self._turn], 0
         for part, begin in zip(parts.values(), _offsets(parts), strict=True):
             end = begin + part.nbytes
             array[begin:end] = part.view(np.uint8)
         if self._device is not None:
             self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+            self._left[self._turn].record()
         return self.where(parts)
 
     def where(self, parts: dict[str, np.ndarray]) -> StepInputs:
