@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
-from labkit.kernels.pdl import PDL, begin
 
 Approximate = Literal["tanh", "none"]
 GELU = {"tanh": "gelu_tanh", "none": "gelu_erf"}
@@ -75,7 +74,7 @@ def _launch(x: Tensor, activation: str, packed: bool) -> Tensor:
     out = torch.empty((tokens, inner), dtype=x.dtype, device=x.device)
     if tokens:
         _activate[(tokens, triton.cdiv(inner, BLOCK))](
-            x, out, inner, ACTIVATION=activation, PACKED=packed, BLOCK=BLOCK, PDL=PDL, num_warps=WARPS, launch_pdl=PDL
+            x, out, inner, ACTIVATION=activation, PACKED=packed, BLOCK=BLOCK, num_warps=WARPS
         )
     return out
 
@@ -88,9 +87,7 @@ def _activate(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inner
@@ -120,7 +117,7 @@ COMPILE_CASES = [
         f"{activation}{' packed' if packed else ''}",
         _activate,
         {"x_ptr": "*bf16", "out_ptr": "*bf16", "inner": "i32:16"},
-        {"ACTIVATION": activation, "PACKED": packed, "BLOCK": BLOCK, "PDL": True},
+        {"ACTIVATION": activation, "PACKED": packed, "BLOCK": BLOCK},
         num_warps=WARPS,
     )
     for activation, packed in (("silu", True), ("gelu_tanh", True), ("gelu_erf", True), ("gelu_erf", False))

@@ -20,7 +20,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from labkit.kernels.attention_decode import LOG2_E, precision
 from labkit.kernels.compile_check import CompileCase
-from labkit.kernels.pdl import PDL, begin
 
 
 class Tile(NamedTuple):
@@ -114,8 +113,8 @@ def prefill_attention_triton(
         queries, cache, block_tables, contexts, query_starts, out,
         scale * LOG2_E, queries.stride(0), out.stride(0), block_tables.stride(0), blocks, sequences,
         GROUP=heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        QUERIES=tile.queries, KEYS=tile.keys, PRECISION=precision(queries.dtype), PDL=PDL,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=PDL,
+        QUERIES=tile.queries, KEYS=tile.keys, PRECISION=precision(queries.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 
@@ -204,9 +203,8 @@ def _prefill(  # type: ignore[no-untyped-def]
     queries, cache, block_tables, contexts, query_starts, out,
     scale, query_stride, out_stride, table_stride, blocks, sequences,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
     # The last tiles have the most to read, so they start first.
     head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     base = tl.load(query_starts)
@@ -294,7 +292,7 @@ def _chunk_case(group: int, head_dim: int, block_size: int, tile: Tile) -> Compi
     numbers |= {"blocks": "i32", "sequences": "i32"}
     constexprs: dict[str, Any] = {
         "GROUP": group, "HEAD_DIM": head_dim, "PADDED_DIM": triton.next_power_of_2(head_dim), "BLOCK_SIZE": block_size,
-        "QUERIES": tile.queries, "KEYS": tile.keys, "PRECISION": "tf32", "PDL": True,
+        "QUERIES": tile.queries, "KEYS": tile.keys, "PRECISION": "tf32",
     }  # fmt: skip
     name = f"prefill {tile.queries} x {tile.keys} d{head_dim} block {block_size}"
     return CompileCase(name, _prefill, {**pointers, **numbers}, constexprs, tile.num_warps, tile.num_stages, hgmma=True)

@@ -21,7 +21,6 @@ from torch import Tensor
 from labkit.kernels.activation import silu_mul
 from labkit.kernels.compile_check import CompileCase
 from labkit.kernels.norm import add_rms_norm, rms_norm
-from labkit.kernels.pdl import PDL, begin
 
 MOST_ROWS = 2
 """Up to here the weights are what takes the time; with more rows cuBLAS and its tensor cores win."""
@@ -121,7 +120,7 @@ def _launch_whole(
     _whole[(triton.cdiv(outputs, tile_outputs),)](
         x, residual, norm, weight, bias, out, total, outputs, eps,
         INPUTS=inputs, NORM=norm is not None, RESIDUAL=residual is not None, BIAS=bias is not None, SILU=silu,
-        OUT=tile_outputs, IN=tile_inputs, PDL=PDL, num_warps=warps, launch_pdl=PDL,
+        OUT=tile_outputs, IN=tile_inputs, num_warps=warps,
     )  # fmt: skip
     return out, total
 
@@ -133,7 +132,7 @@ def _launch_looped(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -
     padded, tile_outputs, tile_inputs, stages, warps = looped_tuning(rows, outputs, inputs)
     _looped[(triton.cdiv(outputs, tile_outputs),)](
         x, weight, bias, out, rows, outputs, INPUTS=inputs, BIAS=bias is not None, SILU=silu,
-        ROWS=padded, OUT=tile_outputs, IN=tile_inputs, STAGES=stages, PDL=PDL, num_warps=warps, launch_pdl=PDL,
+        ROWS=padded, OUT=tile_outputs, IN=tile_inputs, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -179,14 +178,8 @@ def _whole(  # type: ignore[no-untyped-def]
     SILU: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One row of x. Tiles are [OUT, IN]: rows of the weight, all of their columns."""
-    if PDL:
-        _prefetch(weight_ptr, tl.program_id(0) * OUT, outputs, INPUTS, OUT, IN)
-        if SILU:
-            _prefetch(weight_ptr, outputs + tl.program_id(0) * OUT, 2 * outputs, INPUTS, OUT, IN)
-    begin(PDL)
     output = tl.program_id(0) * OUT + tl.arange(0, OUT)
     column = tl.arange(0, IN)[None, :]
     known = column < INPUTS
@@ -231,15 +224,9 @@ def _looped(  # type: ignore[no-untyped-def]
     OUT: tl.constexpr,
     IN: tl.constexpr,
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Tiles are [ROWS, OUT, IN]: rows of x, rows of the weight, columns of both."""
     first_output = tl.program_id(0) * OUT
-    if PDL:
-        _prefetch(weight_ptr, first_output, outputs, INPUTS, OUT, 4096)
-        if SILU:
-            _prefetch(weight_ptr, outputs + first_output, 2 * outputs, INPUTS, OUT, 4096)
-    begin(PDL)
     row = tl.arange(0, ROWS)[:, None, None]
     output = (first_output + tl.arange(0, OUT))[None, :, None]
     weights = weight_ptr + output.to(tl.int64) * INPUTS
@@ -273,32 +260,12 @@ def _gate(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     return (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
 
 
-@triton.jit
-def _prefetch(  # type: ignore[no-untyped-def]
-    weight_ptr, first_output, outputs, INPUTS: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Brings the first WIDTH columns of a program's weights, in steps of 64, to the L2 cache.
-
-    It may run before the kernel before has ended: nothing is read, and the cache is coherent.
-    """
-    output = tl.minimum(first_output + tl.arange(0, OUT), outputs - 1)[:, None]
-    column = tl.minimum(tl.arange(0, WIDTH // 64) * 64, INPUTS - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [weight_ptr + output.to(tl.int64) * INPUTS + column],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 def _whole_case(outputs: int, inputs: int, norm: bool = False, silu: bool = False) -> CompileCase:
     tile_outputs, tile_inputs, warps = whole_tuning(outputs, inputs, silu)
     types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "total_ptr": "*bf16"}
     types |= {"outputs": "i32:16", "eps": "fp32"} | ({"residual_ptr": "*bf16", "norm_ptr": "*bf16"} if norm else {})
     constants: dict[str, Any] = {"INPUTS": inputs, "NORM": norm, "RESIDUAL": norm, "BIAS": False, "SILU": silu}
-    constants |= {"OUT": tile_outputs, "IN": tile_inputs, "PDL": True, "bias_ptr": None}
+    constants |= {"OUT": tile_outputs, "IN": tile_inputs, "bias_ptr": None}
     constants |= {} if norm else {"residual_ptr": None, "norm_ptr": None}
     name = f"linear {inputs} -> {outputs}{' norm' if norm else ''}{' silu' if silu else ''}"
     return CompileCase(name, _whole, types, constants, num_warps=warps)
@@ -309,7 +276,7 @@ def _looped_case(rows: int, outputs: int, inputs: int, silu: bool = False) -> Co
     types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "outputs": "i32:16"}
     types |= {} if rows == 1 else {"rows": "i32"}
     constants: dict[str, Any] = {"INPUTS": inputs, "BIAS": False, "SILU": silu, "ROWS": padded, "OUT": tile_outputs}
-    constants |= {"IN": tile_inputs, "STAGES": stages, "PDL": True, "bias_ptr": None}
+    constants |= {"IN": tile_inputs, "STAGES": stages, "bias_ptr": None}
     constants |= {"rows": 1} if rows == 1 else {}
     name = f"linear {rows} rows {inputs} -> {outputs}{' silu' if silu else ''}"
     return CompileCase(name, _looped, types, constants, num_warps=warps)

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
-from labkit.kernels.pdl import PDL, begin
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,7 +52,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         block, rows, warps = tuning(hidden)
         _norm[(triton.cdiv(tokens, rows),)](
             x, x, weight, normed, normed, tokens, x.stride(0), hidden, eps,
-            RESIDUAL=False, BLOCK=block, ROWS=rows, PDL=PDL, num_warps=warps, launch_pdl=PDL,
+            RESIDUAL=False, BLOCK=block, ROWS=rows, num_warps=warps,
         )  # fmt: skip
     return normed
 
@@ -67,7 +66,7 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
         block, rows, warps = tuning(hidden)
         _norm[(triton.cdiv(tokens, rows),)](
             x, residual, weight, normed, total, tokens, x.stride(0), hidden, eps,
-            RESIDUAL=True, BLOCK=block, ROWS=rows, PDL=PDL, num_warps=warps, launch_pdl=PDL,
+            RESIDUAL=True, BLOCK=block, ROWS=rows, num_warps=warps,
         )  # fmt: skip
     return normed, total
 
@@ -93,9 +92,7 @@ def _norm(  # type: ignore[no-untyped-def]
     RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    begin(PDL)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < tokens) & (column < hidden)
@@ -117,7 +114,7 @@ def _case(hidden: int, residual: bool) -> CompileCase:
     block, rows, warps = tuning(hidden)
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "total_ptr"), "*bf16")
     sizes: dict[str, Any] = {"tokens": "i32", "x_stride": "i32:16", "hidden": "i32:16", "eps": "fp32"}
-    constants = {"RESIDUAL": residual, "BLOCK": block, "ROWS": rows, "PDL": True}
+    constants = {"RESIDUAL": residual, "BLOCK": block, "ROWS": rows}
     name = f"norm {hidden}{' with residual' if residual else ''}"
     return CompileCase(name, _norm, {**pointers, **sizes}, constants, num_warps=warps)
 

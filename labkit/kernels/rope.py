@@ -18,7 +18,6 @@ from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
 from labkit.kernels.norm import rms_norm_reference
-from labkit.kernels.pdl import PDL, begin
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ def rope_write_triton(
         _rope_write[(tokens, triton.cdiv(heads + 2 * kv_heads, heads_a_tile))](
             qkv, positions, table, cache, slots, q_norm, k_norm, heads, kv_heads, cache.stride(0), cache.stride(1), eps,
             HEAD_DIM=head_dim, ROTARY=table.shape[-1], PAIRS=pairs, HEADS=heads_a_tile, NORMED=q_norm is not None,
-            REST=triton.next_power_of_2(max(head_dim - table.shape[-1], 1)), PDL=PDL, num_warps=warps, launch_pdl=PDL,
+            REST=triton.next_power_of_2(max(head_dim - table.shape[-1], 1)), num_warps=warps,
         )  # fmt: skip
     return qkv.view(tokens, heads + 2 * kv_heads, head_dim)[:, :heads]
 
@@ -208,7 +207,7 @@ def rope_interleaved_triton(x: Tensor, positions: Tensor, table: Tensor) -> Tens
     if tokens:
         _rope_interleaved[(tokens, triton.cdiv(heads, heads_a_tile))](
             x, positions, table, out, heads, x.stride(0), x.stride(1),
-            ROTARY=rotary, PAIRS=pairs, HEADS=heads_a_tile, PDL=PDL, num_warps=warps, launch_pdl=PDL,
+            ROTARY=rotary, PAIRS=pairs, HEADS=heads_a_tile, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -241,9 +240,7 @@ def _rope_write(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     NORMED: tl.constexpr,
     REST: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    begin(PDL)
     HALF: tl.constexpr = ROTARY // 2
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -298,9 +295,7 @@ def _rope_interleaved(  # type: ignore[no-untyped-def]
     ROTARY: tl.constexpr,
     PAIRS: tl.constexpr,
     HEADS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    begin(PDL)
     HALF: tl.constexpr = ROTARY // 2
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -325,9 +320,7 @@ def _case(head_dim: int, normed: bool) -> CompileCase:
     pointers |= {"slots_ptr": "*i64"} | ({"q_norm_ptr": norm, "k_norm_ptr": norm} if normed else {})
     sizes = {"heads": "i32", "kv_heads": "i32", "cache_plane_stride": "i64:16", "cache_head_stride": "i64:16"}
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "ROTARY": head_dim, "PAIRS": pairs, "HEADS": heads}
-    constants |= {"NORMED": normed, "REST": 1, "PDL": True} | (
-        {} if normed else {"q_norm_ptr": None, "k_norm_ptr": None}
-    )
+    constants |= {"NORMED": normed, "REST": 1} | ({} if normed else {"q_norm_ptr": None, "k_norm_ptr": None})
     name = f"rope write {head_dim}{' with norms' if normed else ''}"
     return CompileCase(name, _rope_write, {**pointers, **sizes, "eps": "fp32"}, constants, num_warps=warps)
 

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
-from labkit.kernels.pdl import PDL, begin
 
 COLDEST = 1e-5
 """Below this temperature the likeliest token is taken: dividing by less could overflow float32."""
@@ -89,12 +88,12 @@ def greedy_triton(logits: Tensor) -> Tensor:
     firsts = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
     if rows:
         _measure[(rows, chunks)](
-            logits, None, highest, firsts, None, None, vocab, GREEDY=True, CHUNK=CHUNK, PDL=PDL,
-            num_warps=CHUNK_WARPS, launch_pdl=PDL,
+            logits, None, highest, firsts, None, None, vocab, GREEDY=True, CHUNK=CHUNK,
+            num_warps=CHUNK_WARPS,
         )  # fmt: skip
         _draw[(rows,)](
             logits, None, None, highest, firsts, None, None, tokens, vocab, chunks,
-            GREEDY=True, CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), PDL=PDL, num_warps=1, launch_pdl=PDL,
+            GREEDY=True, CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), num_warps=1,
         )  # fmt: skip
     return tokens
 
@@ -115,19 +114,19 @@ def sample_triton(
     spread = triton.next_power_of_2(chunks)
     _measure[(rows, chunks)](
         logits, temperature, highest, firsts, masses, least, vocab,
-        GREEDY=False, CHUNK=CHUNK, PDL=PDL, num_warps=CHUNK_WARPS, launch_pdl=PDL,
+        GREEDY=False, CHUNK=CHUNK, num_warps=CHUNK_WARPS,
     )  # fmt: skip
     _find_lowest[(rows,)](
         logits, temperature, top_k, top_p, min_p, highest, masses, least, lowest, vocab, chunks,
-        CHUNK=SEARCH_BYTES // logits.element_size(), CHUNKS=spread, PDL=PDL, num_warps=SEARCH_WARPS, launch_pdl=PDL,
+        CHUNK=SEARCH_BYTES // logits.element_size(), CHUNKS=spread, num_warps=SEARCH_WARPS,
     )  # fmt: skip
     _weigh[(rows, chunks)](
         logits, temperature, lowest, highest, masses, vocab, chunks,
-        CHUNK=CHUNK, CHUNKS=spread, PDL=PDL, num_warps=CHUNK_WARPS, launch_pdl=PDL,
+        CHUNK=CHUNK, CHUNKS=spread, num_warps=CHUNK_WARPS,
     )  # fmt: skip
     _draw[(rows,)](
         logits, temperature, lowest, highest, firsts, masses, uniforms, tokens, vocab, chunks,
-        GREEDY=False, CHUNK=CHUNK, CHUNKS=spread, PDL=PDL, num_warps=CHUNK_WARPS, launch_pdl=PDL,
+        GREEDY=False, CHUNK=CHUNK, CHUNKS=spread, num_warps=CHUNK_WARPS,
     )  # fmt: skip
     return tokens
 
@@ -158,10 +157,8 @@ def _measure(  # type: ignore[no-untyped-def]
     vocab,
     GREEDY: tl.constexpr,
     CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Of each chunk: the highest score and where it is first, and the sum of exp(score - highest), and the least."""
-    begin(PDL)
     row = tl.program_id(0)
     at = row * tl.num_programs(1) + tl.program_id(1)
     first = tl.program_id(1) * CHUNK
@@ -191,10 +188,8 @@ def _find_lowest(  # type: ignore[no-untyped-def]
     chunks,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """The lowest score of a row that may be drawn, -inf if all may."""
-    begin(PDL)
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)
     at = row * chunks + chunk
@@ -270,10 +265,8 @@ def _weigh(  # type: ignore[no-untyped-def]
     chunks,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Makes the mass of each chunk the sum of exp(score - the row's highest) over the scores that are kept."""
-    begin(PDL)
     row = tl.program_id(0)
     at = row * chunks + tl.program_id(1)
     chunk = tl.arange(0, CHUNKS)
@@ -304,10 +297,8 @@ def _draw(  # type: ignore[no-untyped-def]
     GREEDY: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """The token of a row: the likeliest, or the one at which the masses so far exceed a share of their sum."""
-    begin(PDL)
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)
     at = row * chunks + chunk
@@ -345,7 +336,7 @@ def _cases() -> list[CompileCase]:
     floats = ("temperature", "top_p", "min_p", "highest", "masses", "least", "lowest", "uniforms")
     types = {f"{name}_ptr": "*fp32" for name in floats} | {"top_k_ptr": "*i32", "firsts_ptr": "*i32"}
     types |= {"tokens_ptr": "*i64", **sizes}
-    constants = {"CHUNKS": 64, "PDL": True}
+    constants = {"CHUNKS": 64}
     found = []
     for logits, bytes_each in (("bf16", 2), ("fp32", 4)):
         for kernel, chunk, warps, extra in (
