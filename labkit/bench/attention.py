@@ -80,6 +80,7 @@ def _prefill(tokens: int, batch: int, dim: int, device: torch.device, dtype: tor
         reference=_in_float32(_sdpa(SDPBackend.EFFICIENT_ATTENTION if cuda else SDPBackend.FLASH_ATTENTION)),
         contestants=contestants,
         flops=0.5 * 4 * batch * heads * tokens**2 * dim,
+        tolerances={"the article's code": 5e-2},  # its softmax is in the type of its inputs
         holds=3 * batch * heads * tokens * dim * dtype.itemsize,
     )
 

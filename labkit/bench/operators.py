@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ class Case:
     """An operation at one size.
 
     ``make(seed)`` gives the inputs; ``contestants`` take them, and so does ``reference``, from whose result theirs may
-    differ by the share ``tolerance`` in any row (the last dimension), by the Euclidean norm.
-    A contestant that is a string is left out for the reason it gives. ``bytes`` and ``flops`` are what one call must
-    move and compute; 0 where that says nothing. ``holds`` are the bytes of one set of inputs, None for ``bytes``.
+    differ by the share ``tolerance`` in any row (the last dimension), by the Euclidean norm; ``tolerances`` has other
+    shares by name, for those that are known to round more. A contestant that is a string is left out for the reason it
+    gives. ``bytes`` and ``flops`` are what one call must move and compute; 0 where that says nothing. ``holds`` are the
+    bytes of one set of inputs, None for ``bytes``.
     """
 
     workload: str
@@ -34,26 +36,44 @@ class Case:
     flops: float = 0.0
     holds: float | None = None
     tolerance: float = 2e-2
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+
+
+ROUNDS = 3
+"""How often all contestants are timed, one after the other and then back, so that a GPU growing hot hits all alike."""
 
 
 @torch.inference_mode()
 def run_case(case: Case, device: torch.device, ceilings: Ceilings, book: Book, say: Callable[[str], None]) -> None:
-    """Adds a row a contestant. One that fails or is wrong gets a note instead of a speed."""
+    """Adds a row a contestant, the median of the rounds. One that fails or is wrong gets a note instead of a speed."""
     try:
         sets = [case.make(seed) for seed in range(input_sets(case.holds or case.bytes))]
-        expected = _tensors(case.reference(*_copies(sets[0])))
+        # Some operations write into what they are given, so the checks keep inputs of their own.
+        untouched = _copies(sets[0])
+        expected = _tensors(case.reference(*_copies(untouched)))
     except torch.OutOfMemoryError:
         book.add(Row(case.workload, case.size, note="skipped: the inputs or the reference do not fit the memory"))
         free()
         return
-    for name, call in case.contestants.items():
-        label = f"{case.size}, {name}"
-        row = Row(case.workload, label, note=f"skipped: {call}") if isinstance(call, str) else None
-        row = row or _measured(case, label, call, sets, expected, device, ceilings)  # type: ignore[arg-type]
+    notes = {name: _checked(case, name, call, untouched, expected) for name, call in case.contestants.items()}
+    del untouched, expected
+    times: dict[str, list[float]] = {name: [] for name in case.contestants}
+    for turn in range(ROUNDS):
+        for name in list(case.contestants)[:: -1 if turn % 2 else 1]:
+            call = case.contestants[name]
+            if notes[name] or isinstance(call, str):
+                continue
+            try:
+                times[name].append(seconds_a_call(call, sets, device))
+            except Exception as failure:  # a compiler, a library or the memory: the others still have their turn
+                notes[name] = _failure(failure)
+    for name, note in notes.items():
+        figures = {} if note else _figures(case, median(times[name]), ceilings)
+        row = Row(case.workload, f"{case.size}, {name}", figures, note)
         book.add(row)
         shown = ", ".join(f"{value:.3g} {unit}" for unit, value in row.figures.items())
         say(f"{row.workload}, {row.name}: {'; '.join(part for part in (shown, row.note) if part)}")
-    del sets, expected
+    del sets
     free()
 
 
@@ -64,32 +84,32 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Call | str:
     return torch.compile(function, dynamic=False)
 
 
-def _measured(
-    case: Case,
-    label: str,
-    call: Call,
-    sets: list[Any],
-    expected: list[Tensor],
-    device: torch.device,
-    ceilings: Ceilings,
-) -> Row:
+def _checked(case: Case, name: str, call: Call | str, inputs: tuple[Any, ...], expected: list[Tensor]) -> str:
+    """Why a contestant is not timed; empty if it is."""
+    if isinstance(call, str):
+        return f"skipped: {call}"
     try:
-        found = _tensors(call(*_copies(sets[0])))
-        error = _difference(found, expected)
-        del found
-        if not error <= case.tolerance:
-            return Row(case.workload, label, note=f"WRONG: a row differs from the reference by {error:.2g}")
-        seconds = seconds_a_call(call, sets, device)
-    except Exception as failure:  # a compiler, a library or the memory: the other contestants still have their turn
-        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        free()
-        return Row(case.workload, label, note=f"failed: {reason[:100]}")
+        error = _difference(_tensors(call(*_copies(inputs))), expected)
+    except Exception as failure:
+        return _failure(failure)
+    if error <= case.tolerances.get(name, case.tolerance):
+        return ""
+    return f"WRONG: a row differs from the reference by {error:.2g}"
+
+
+def _failure(failure: Exception) -> str:
+    free()
+    reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+    return f"failed: {reason[:100]}"
+
+
+def _figures(case: Case, seconds: float, ceilings: Ceilings) -> dict[str, float]:
     figures = {"us": seconds * 1e6}
     if case.flops:
         figures |= {"TFLOP/s": case.flops / seconds / 1e12, "of matmul": case.flops / seconds / ceilings.flops_s}
     if case.bytes:
         figures |= {"TB/s": case.bytes / seconds / 1e12, "of copy": case.bytes / seconds / ceilings.bytes_s}
-    return Row(case.workload, label, figures)
+    return figures
 
 
 def _tensors(found: Any) -> list[Tensor]:

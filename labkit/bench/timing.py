@@ -12,7 +12,7 @@ import torch
 CACHE_BYTES = 256 * 2**20
 """Several times the L2 of the largest GPU: inputs that come to this much push each other out."""
 MOST_SETS = 32
-REPLAYS = 15
+REPLAYS = 7
 REPLAY_S = 1e-2
 """How long the calls of one graph take when launched singly: enough for starting it to cost nothing beside."""
 LONG_S = 1e-3

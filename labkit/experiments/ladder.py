@@ -44,8 +44,8 @@ CUDA_STEPS: list[tuple[str, str, Any, str]] = [
 def ladder(model: str = SHIPPED_MODEL, device: str = "cpu", **knobs: Any) -> list[Rung]:
     """The rungs in order; each differs from the one before in exactly one knob. ``knobs`` hold all the way up.
 
-    On ``device`` "cuda" it ends in ``Deployment.at_full_speed``. What only a GPU can do is a rung only on ``device`` "cuda"; bfloat16 is too, for few CPUs compute in it faster than in
-    float32.
+    On ``device`` "cuda" it ends in ``Deployment.at_full_speed``. What only a GPU can do is a rung only there; so is
+    bfloat16, for few CPUs compute in it faster than in float32.
     """
     first = Deployment.as_first_deployed(model, device=device, **knobs)
     steps: list[tuple[str, str, Any, str]] = [

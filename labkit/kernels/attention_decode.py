@@ -77,10 +77,11 @@ def splits_for(programs: int, tokens: int) -> tuple[int, int]:
     """Into how many parts contexts are cut at most, and the fewest tokens of a part.
 
     programs: sequences times key-value heads; tokens: the longest context that the block tables have room for.
-    Measured on an H200: as soon as whole contexts fill the GPU, cutting them costs more than it evens out.
+    Measured on an H200: as soon as whole contexts nearly fill the GPU, cutting them costs more than it evens out.
     """
     chunk = CHUNK["few" if programs < FEW else "many"]
-    wanted = 1 if programs >= RESIDENT_PROGRAMS else triton.cdiv(3 * RESIDENT_PROGRAMS, 2 * programs)
+    nearly_full = programs >= 3 * RESIDENT_PROGRAMS // 4
+    wanted = 1 if nearly_full else triton.cdiv(3 * RESIDENT_PROGRAMS, 2 * programs)
     return max(1, min(wanted, triton.cdiv(tokens, chunk), MOST_SPLITS)), chunk
 
 

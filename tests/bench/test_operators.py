@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -53,8 +55,15 @@ def test_a_right_answer_gets_a_speed_and_a_wrong_one_does_not():
 
 
 def test_a_nan_is_wrong_and_inputs_that_are_written_to_are_copies():
-    nan, in_place = rows_of(case(nan=lambda x: x * torch.nan, in_place=lambda x: x.square_()))
-    assert nan.note.startswith("WRONG") and in_place.figures
+    nan, in_place, after = rows_of(
+        case(nan=lambda x: x * torch.nan, in_place=lambda x: x.square_(), after=lambda x: x * x)
+    )
+    assert nan.note.startswith("WRONG") and in_place.figures and after.figures
+
+
+def test_who_is_known_to_round_more_may():
+    rough = dataclasses.replace(case(rough=lambda x: x * x * 1.04, exact=torch.square), tolerances={"rough": 0.05})
+    assert all(row.figures for row in rows_of(rough))
 
 
 @pytest.mark.parametrize("cases", [attention.cases, elementwise.cases])

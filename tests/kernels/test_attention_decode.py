@@ -137,6 +137,8 @@ def test_the_rule_fills_the_gpu_without_parts_too_small_to_pay() -> None:
     assert splits_for(2, 256)[0] == 4, "a short context at batch 1"
     assert splits_for(2, 32768)[0] == 128, "a long one"
     assert splits_for(4096, 8192)[0] == 1, "sequences alone fill the GPU"
+    assert splits_for(32 * 8, 4096)[0] == 1, "nearly, in one wave"
+    assert splits_for(32 * 2, 4096)[0] == 7, "far from it"
     for programs in (1, 2, 8, 64, 256, 1024):
         for tokens in (16, 512, 4096, 131072):
             splits, chunk = splits_for(programs, tokens)

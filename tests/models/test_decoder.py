@@ -42,7 +42,7 @@ def test_bfloat16_logits_are_as_near_the_truth_as_those_of_transformers(
         theirs = [reference(torch.tensor([prompt])).logits[0].float() for prompt in case.prompts]
     ours = drive.Driver(load(case, torch.bfloat16), case.prompts).prefill(chunks)
     truth = torch.cat(case.logits)
-    # Where experts are nearly tied, rounding decides between them, and a position is far off: so the median of positions.
+    # Where experts are nearly tied, rounding decides between them, and a position is far off: so the median of them.
     our_error, their_error = ((torch.cat(each) - truth).square().mean(-1).sqrt().median() for each in (ours, theirs))
     assert 0 < their_error < truth.std()
     assert our_error < 1.5 * their_error
