@@ -159,10 +159,10 @@ def test_the_engine_is_benched(command, tmp_path, tiny_model):
 
 @pytest.mark.parametrize("command", [each for each in shown("labkit serve") if each != SERVE])
 def test_the_other_ways_to_serve(command, port, tiny_model):
-    """A tiny model stands in for your own and for one of a hub, and processes on the CPU for several GPUs."""
+    """A tiny model stands in for your own and for one of a hub, and the CPU for GPUs."""
     command = command.replace("path/to/model", str(tiny_model)).replace("8000", str(port))
     command = re.sub(r"serve [a-zA-Z-]+/DeepSeek-R1-Distill-Qwen-1.5B", f"serve {tiny_model}", command)
-    command = command.replace("tensor_parallel=2", "tensor_parallel=2 --set device=cpu")
+    command = re.sub(r"(tensor_parallel=2|--at-full-speed)", r"\1 --set device=cpu", command)
     with running(command, f"http://127.0.0.1:{port}/health"):
         assert '"data"' in shell(f"curl -s http://127.0.0.1:{port}/v1/models")
 
