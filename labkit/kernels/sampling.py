@@ -51,19 +51,21 @@ def sample_reference(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
 ) -> Tensor:
     """The definition of ``sample``, with a sort and sums in float64."""
-    logits = logits.float()
-    vocab = logits.shape[-1]
-    cold = temperature < COLDEST
-    scores = logits / torch.where(cold, 1.0, temperature)[:, None]
-    lowest = scores.amax(-1, keepdim=True) + min_p[:, None].log()
-    if bool(((top_k > 0) & (top_k < vocab) | (top_p < 1)).any()):
-        lowest = torch.maximum(lowest, _lowest_of_top(scores, top_k, top_p))
-    kept_scores = scores.masked_fill(scores < lowest, float("-inf"))
-    cumulative = kept_scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+    scores = filtered_scores(logits, temperature, top_k, top_p, min_p)
+    cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     # In float64 the largest random number, 1 - 2**-53, times the total stays below the total.
     point = uniforms.double()[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, point, right=True)[:, 0]
-    return torch.where(cold, logits.argmax(-1), drawn.clamp_(max=vocab - 1))
+    drawn = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return torch.where(temperature < COLDEST, logits.argmax(-1), drawn)
+
+
+def filtered_scores(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """logits / temperature, with what the filters of ``sample`` exclude at -inf: [rows, vocab] float32."""
+    scores = logits.float() / torch.where(temperature < COLDEST, 1.0, temperature)[:, None]
+    lowest = scores.amax(-1, keepdim=True) + min_p[:, None].log()
+    if bool(((top_k > 0) & (top_k < logits.shape[-1]) | (top_p < 1)).any()):
+        lowest = torch.maximum(lowest, _lowest_of_top(scores, top_k, top_p))
+    return scores.masked_fill(scores < lowest, float("-inf"))
 
 
 def _lowest_of_top(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
