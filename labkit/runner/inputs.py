@@ -17,6 +17,8 @@ from labkit.runner.sequence import PLACEHOLDER, Sequence, Work
 ALIGNMENT = 16
 """Bytes to which every part of the packed inputs is aligned, as wide loads on a GPU want it."""
 
+MOST_INT32 = 2**31 - 1
+
 
 class Size(NamedTuple):
     """What a step is made of, padding included: sequences with one new token, then chunks and their tokens."""
@@ -156,7 +158,7 @@ def _sampling_arrays(sampled: list[Sequence]) -> dict[str, np.ndarray]:
     sampling = [sequence.sampling for sequence in sampled]
     return {
         "temperature": np.array([params.temperature for params in sampling], np.float32),
-        "top_k": np.array([params.top_k for params in sampling], np.int32),
+        "top_k": np.array([min(params.top_k, MOST_INT32) for params in sampling], np.int32),
         "top_p": np.array([params.top_p for params in sampling], np.float32),
         "min_p": np.array([params.min_p for params in sampling], np.float32),
         "uniforms": np.array([uniform(sequence.seed, len(sequence.tokens)) for sequence in sampled], np.float64),

@@ -83,4 +83,7 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("labkit_prompt_tokens", "Prompt tokens of the requests taken.", stats.prompt_tokens)
         yield CounterMetricFamily("labkit_generated_tokens", "Tokens generated.", stats.generated_tokens)
         yield CounterMetricFamily("labkit_preemptions", "Requests put back for want of KV blocks.", stats.preemptions)
+        yield CounterMetricFamily(
+            "labkit_prefix_cache_tokens", "Tokens that the prefix cache had.", stats.cached_tokens
+        )
         yield CounterMetricFamily("labkit_engine_busy_seconds", "Time spent in engine steps.", stats.busy_s)

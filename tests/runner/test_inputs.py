@@ -74,6 +74,16 @@ def test_a_token_that_only_the_device_knows_is_named_by_its_row() -> None:
     assert found.token_ids.tolist() == [-1 - 3]
 
 
+def test_sampling_parameters_travel_only_where_somebody_samples() -> None:
+    work = three()
+    assert len(inputs(work, size_of(work), BlockTables(4, 5, CPU)).temperature) == 0
+    work[2].sequence.sampling = SamplingParams(temperature=0.5, top_k=10**12, top_p=0.25)
+    found = inputs(work, size_of(work), BlockTables(4, 5, CPU))
+    assert found.temperature.tolist() == [0, 0.5] and found.top_p.tolist() == [1, 0.25]
+    assert found.top_k.tolist() == [0, 2**31 - 1], "more than any vocabulary has"
+    assert all(0 <= each < 1 for each in found.uniforms.tolist())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_sent_stays_until_the_call_after_the_next(seed: int) -> None:
     chance = np.random.default_rng(seed)
