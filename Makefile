@@ -29,9 +29,14 @@ install: $(STAMP) ## Create .venv with the pinned packages and labkit
 lab: $(STAMP) ## Install, run the notebooks of profile quick, build the HTML report
 	@status=0; $(BIN)/labkit run --profile quick || status=$$?; $(BIN)/labkit report; exit $$status
 
+# What only computes runs on all cores; what measures time, or has several processes itself, has the machine for itself.
+COMPUTE := $(addprefix tests/,batcher bench kernels models training test_core.py test_soak.py)
+QUICK := not slow and not peers and not gpu
+
 .PHONY: test
 test: $(STAMP) ## Run the tests, notebooks of profile quick included
-	@$(BIN)/python -m pytest -q -m "not slow and not peers and not gpu" --durations=15
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile -m "$(QUICK)" --durations=8 $(COMPUTE)
+	@$(BIN)/python -m pytest -q -m "$(QUICK)" --durations=15 $(addprefix --ignore=,$(COMPUTE)) tests
 
 .PHONY: test-all
 test-all: $(STAMP) ## Run the slow tests and those for a GPU too

@@ -92,8 +92,8 @@ def test_a_refused_prompt_leaves_nothing_behind(tiny_model: Path, greedy_cases: 
 
 @pytest.mark.parametrize("first_deployed", [False, True])
 def test_stop_strings_cut_the_text_and_the_tokens(tiny_model: Path, greedy_cases: Any, first_deployed: bool) -> None:
-    knobs: dict[str, Any] = {"engine": "transformers", "batching": "static"} if first_deployed else {}
-    engine = Engine(deployment(tiny_model, **knobs))
+    transformers: dict[str, Any] = {"engine": "transformers", "attention": "sdpa", "batching": "static"}
+    engine = Engine(deployment(tiny_model, **(transformers if first_deployed else {})))
     prompt = greedy_cases[4].prompt_ids
     whole = engine.generate([prompt], GREEDY)[0]
     middle = len(whole.text) // 2
