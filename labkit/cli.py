@@ -51,7 +51,7 @@ def train(
     accumulate: Annotated[int | None, typer.Option(help="Micro-batches in a step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data and initial weights.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe.")] = True,
+    autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe, and fast on this device.")] = True,
     compile_steps: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile; by default on CUDA.")
     ] = None,

@@ -20,7 +20,7 @@ from labkit.training.documents import Batch, Feed
 from labkit.training.ledger import BUCKETS
 from labkit.training.modeldir import write_model
 from labkit.training.network import Network
-from labkit.training.options import TrainOptions, check_device, check_room
+from labkit.training.options import TrainOptions, check_device, check_room, has_bf16
 from labkit.training.probe import Probe, make_probe, run_probe
 from labkit.training.schedule import bucket_at, fraction_done, is_done, rate_at, rows_of, seconds_left
 from labkit.training.steps import Stepper
@@ -58,6 +58,9 @@ def train(
     _check_surroundings(options, checkpoints, out)
     tokenizer = train_tokenizer()
     options = replace(options, shape=replace(options.shape, vocabulary=tokenizer.get_vocab_size()))
+    if options.autocast and not has_bf16(options.device):
+        say(f"{options.device} has no fast bfloat16: training in float32")
+        options = replace(options, autocast=False)
     progress, path = _where_to_start(options, checkpoints, resume, say)
     stepper = Stepper(Network(options.shape, options.seed).to(options.device), options)
     parameters = sum(parameter.numel() for parameter in stepper.network.parameters())

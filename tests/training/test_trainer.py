@@ -231,3 +231,13 @@ def test_impossible_options_are_named(changes: dict[str, object], named: str) ->
         preset("ledger-r1", **changes)
     with pytest.raises(UserError, match="article"):
         preset("nonsense")
+
+
+def test_a_cpu_without_fast_bfloat16_trains_in_float32_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    said: list[str] = []
+    options = replace(TINY, autocast=True, steps=1)
+    train(options, tmp_path / "model", tmp_path / "checkpoints", tmp_path / "runs", say=said.append)
+    assert any("training in float32" in line for line in said)
