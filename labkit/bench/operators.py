@@ -13,7 +13,7 @@ from torch import Tensor
 from labkit.bench.ceilings import Ceilings
 from labkit.bench.peers import free
 from labkit.bench.rows import Book, Row
-from labkit.bench.timing import Call, input_sets, seconds_a_call
+from labkit.bench.timing import Call, Timer, input_sets, make_timer, rounds
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,6 @@ class Case:
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
-ROUNDS = 3
-"""How often all contestants are timed, one after the other and then back, so that a GPU growing hot hits all alike."""
-
-
 @torch.inference_mode()
 def run_case(case: Case, device: torch.device, ceilings: Ceilings, book: Book, say: Callable[[str], None]) -> None:
     """Adds a row a contestant, the median of the rounds. One that fails or is wrong gets a note instead of a speed."""
@@ -57,24 +53,33 @@ def run_case(case: Case, device: torch.device, ceilings: Ceilings, book: Book, s
         return
     notes = {name: _checked(case, name, call, untouched, expected) for name, call in case.contestants.items()}
     del untouched, expected
-    times: dict[str, list[float]] = {name: [] for name in case.contestants}
-    for turn in range(ROUNDS):
-        for name in list(case.contestants)[:: -1 if turn % 2 else 1]:
-            call = case.contestants[name]
-            if notes[name] or isinstance(call, str):
-                continue
-            try:
-                times[name].append(seconds_a_call(call, sets, device))
-            except Exception as failure:  # a compiler, a library or the memory: the others still have their turn
-                notes[name] = _failure(failure)
+    timers = _timers(case, sets, device, notes)
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    # To and fro, a few milliseconds each, so that a GPU that grows hot and slow does so for all alike.
+    for turn in range(rounds(device)):
+        for name in list(timers)[:: -1 if turn % 2 else 1]:
+            times[name].append(timers[name]())
     for name, note in notes.items():
         figures = {} if note else _figures(case, median(times[name]), ceilings)
         row = Row(case.workload, f"{case.size}, {name}", figures, note)
         book.add(row)
         shown = ", ".join(f"{value:.3g} {unit}" for unit, value in row.figures.items())
         say(f"{row.workload}, {row.name}: {'; '.join(part for part in (shown, row.note) if part)}")
-    del sets
+    del sets, timers
     free()
+
+
+def _timers(case: Case, sets: list[tuple[Any, ...]], device: torch.device, notes: dict[str, str]) -> dict[str, Timer]:
+    """Of every contestant without a note, which one that fails here gets."""
+    timers = {}
+    for name, call in case.contestants.items():
+        if notes[name] or isinstance(call, str):
+            continue
+        try:
+            timers[name] = make_timer(call, sets, device)
+        except Exception as failure:  # a compiler, a library or the memory: the others still have their turn
+            notes[name] = _failure(failure)
+    return timers
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Call | str:

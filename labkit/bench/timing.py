@@ -12,13 +12,14 @@ import torch
 CACHE_BYTES = 256 * 2**20
 """Several times the L2 of the largest GPU: inputs that come to this much push each other out."""
 MOST_SETS = 32
-REPLAYS = 7
 REPLAY_S = 1e-2
 """How long the calls of one graph take when launched singly: enough for starting it to cost nothing beside."""
 LONG_S = 1e-3
 """A launch costs nothing beside a call of this length, and many in a row would heat the GPU out of its clock."""
 
 Call = Callable[..., object]
+Timer = Callable[[], float]
+"""Seconds of one call, measured now."""
 
 
 def input_sets(one_set_bytes: float) -> int:
@@ -26,63 +27,68 @@ def input_sets(one_set_bytes: float) -> int:
     return max(2, min(MOST_SETS, int(-(-CACHE_BYTES // max(1.0, one_set_bytes)))))
 
 
+def rounds(device: torch.device) -> int:
+    """How often a call is measured for the median: a round is some 10 ms on CUDA."""
+    return 7 if device.type == "cuda" else 3
+
+
 def seconds_a_call(call: Call, sets: Sequence[tuple[Any, ...]], device: torch.device) -> float:
-    """Median time of ``call(*inputs)``, going round the sets: by graph replay on CUDA, by the clock on a CPU.
+    """Median time of ``call(*inputs)``, going round the sets."""
+    measure = make_timer(call, sets, device)
+    return median(measure() for _ in range(rounds(device)))
+
+
+def make_timer(call: Call, sets: Sequence[tuple[Any, ...]], device: torch.device) -> Timer:
+    """Warms ``call`` up; what is returned measures it anew each time: by graph replay on CUDA, by the clock on a CPU.
 
     A call that is long, or that cannot be captured, is timed between events instead, which adds what its launch costs.
     """
     for inputs in sets:
         call(*inputs)
     if device.type != "cuda":
-        return _clocked(call, sets)
+        return lambda: _clocked(call, sets)
     torch.cuda.synchronize()
-    try:
-        return _replayed(call, sets)
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return _between_events(call, sets)
-
-
-def _replayed(call: Call, sets: Sequence[tuple[Any, ...]]) -> float:
-    once = _between_events(call, sets)
+    once = median(_between_events(call, sets) for _ in range(3))
     if once > LONG_S:
-        return once
-    rounds = max(1, int(REPLAY_S / max(once * len(sets), 1e-7)))
+        return lambda: _between_events(call, sets)
+    calls = max(1, int(REPLAY_S / max(once * len(sets), 1e-7))) * len(sets)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for inputs in sets:
-                call(*inputs)
+    try:
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                call(*sets[i % len(sets)])
+    except RuntimeError:
+        _forget_capture()
+        return lambda: _between_events(call, sets)
     graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return median(times) / (rounds * len(sets))
+    return lambda: _timed(graph.replay) / calls
+
+
+def _forget_capture() -> None:
+    """A capture that failed leaves the random generators in it, where they would refuse to work; one that ends frees
+    them."""
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        pass
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _between_events(call: Call, sets: Sequence[tuple[Any, ...]]) -> float:
-    times = []
-    for _ in range(5):
-        for inputs in sets:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call(*inputs)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-    return median(times)
+    return median(_timed(lambda inputs=inputs: call(*inputs)) for inputs in sets)  # type: ignore[misc]
 
 
 def _clocked(call: Call, sets: Sequence[tuple[Any, ...]]) -> float:
     times = []
-    for _ in range(3):
-        for inputs in sets:
-            began = time.perf_counter()
-            call(*inputs)
-            times.append(time.perf_counter() - began)
+    for inputs in sets:
+        began = time.perf_counter()
+        call(*inputs)
+        times.append(time.perf_counter() - began)
     return median(times)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
 from labkit.bench.ceilings import Ceilings
@@ -37,3 +38,11 @@ def test_twice_the_work_takes_about_twice_as_long():
 
 def test_ceilings_read_like_a_data_sheet():
     assert str(Ceilings(4.2e12, 7.9e14, "how")) == "copy 4.2 TB/s, matmul 790 TFLOP/s (how)"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_call_that_cannot_be_captured_is_timed_and_random_numbers_work_afterwards():
+    numbers = torch.rand(1000, device=DEVICE)
+    assert 0 < seconds_a_call(lambda x: x.sum().item(), [(numbers,), (numbers,)], DEVICE) < 1e-2
+    assert torch.randn(10, device=DEVICE).isfinite().all()
