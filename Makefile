@@ -29,14 +29,17 @@ install: $(STAMP) ## Create .venv with the pinned packages and labkit
 lab: $(STAMP) ## Install, run the notebooks of profile quick, build the HTML report
 	@status=0; $(BIN)/labkit run --profile quick || status=$$?; $(BIN)/labkit report; exit $$status
 
-# What only computes runs on all cores; what measures time, or has several processes itself, has the machine for itself.
-COMPUTE := $(addprefix tests/,batcher bench kernels models training test_core.py test_soak.py)
+# What measures time has the machine for itself; the rest shares the cores, the longest file first.
+MEASURE := $(addprefix tests/,notebooks traffic probes browser)
+LONGEST := tests/test_readme.py
+REST := $(filter-out $(MEASURE) $(LONGEST) tests/peers %.pyc %__pycache__ %conftest.py,$(wildcard tests/*))
 QUICK := not slow and not peers and not gpu
+SHARE := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: $(STAMP) ## Run the tests, notebooks of profile quick included
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile -m "$(QUICK)" --durations=8 $(COMPUTE)
-	@$(BIN)/python -m pytest -q -m "$(QUICK)" --durations=15 $(addprefix --ignore=,$(COMPUTE)) tests
+	@$(BIN)/python -m pytest -q $(SHARE) -m "$(QUICK)" --durations=8 $(LONGEST) $(REST)
+	@$(BIN)/python -m pytest -q -m "$(QUICK)" --durations=8 $(MEASURE)
 
 .PHONY: test-all
 test-all: $(STAMP) ## Run the slow tests and those for a GPU too
