@@ -7,9 +7,13 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from labkit.experiments.claims import claim, ratio_of
 from labkit.experiments.intervals import Estimate
+
+if TYPE_CHECKING:
+    from labkit.experiments.split import Split
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +94,16 @@ def change_table(changes: Sequence[Change], caption: str = "") -> Table:
         rows.append((change.name, interval(change.before), interval(change.after), interval(change.ratio), *article))
     columns = ("", "before", "after", "times better", "article: before", "article: after", "article: times better")
     return Table(columns, tuple(rows), caption)
+
+
+def split_table(split: Split, machine: str) -> Table:
+    """One process beside several that share the model."""
+    joined = "NCCL" if split.gpus >= split.processes else "gloo, CPU"
+    rows = (
+        ("one process", quantity(split.alone_s, "s"), f"{split.asked} of {split.asked}"),
+        (f"{split.processes} processes ({joined})", quantity(split.split_s, "s"), f"{split.same} of {split.asked}"),
+    )
+    return Table(("", "time for all answers", "the same answers"), rows, machine)
 
 
 def quantity(value: float | None, unit: str | None = "") -> str:

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from labkit.experiments.intervals import Estimate
-from labkit.report.tables import Change, Table, change_table, digits, interval, quantity
+from labkit.experiments.split import Split
+from labkit.report.tables import Change, Table, change_table, digits, interval, quantity, split_table
 
 
 @pytest.mark.parametrize(
@@ -71,3 +72,10 @@ def test_a_table_as_page_and_as_text() -> None:
     assert repr(table).splitlines()[1:] == ["row & one  1 2 to 3", "here"]
     with pytest.raises(ValueError, match="2 columns"):
         Table(("", "a"), (("only",),))
+
+
+def test_processes_that_share_a_model_stand_beside_one() -> None:
+    table = split_table(Split(2, 1, 12, 11, 0.5, 1.25), "this machine")
+    assert table.rows[0] == ("one process", "500\u00a0ms", "12 of 12")
+    assert table.rows[1] == ("2 processes (gloo, CPU)", "1.25\u00a0s", "11 of 12")
+    assert split_table(Split(2, 2, 12, 12, 0.5, 0.25), "").rows[1][0] == "2 processes (NCCL)"
