@@ -33,9 +33,7 @@ def test_heads_that_cannot_be_shared_are_a_clear_error(monkeypatch: pytest.Monke
         (2, 11, 9.0, "refuted"),
     ],
 )
-def test_speed_is_judged_where_gpus_can_be_connected(
-    gpus: int, same: int, split_s: float, outcome: str
-) -> None:
+def test_speed_is_judged_where_gpus_can_be_connected(gpus: int, same: int, split_s: float, outcome: str) -> None:
     verdict = judge_split(Split(2, gpus, 12, same, 2.0, split_s))
     assert verdict.outcome == outcome and verdict.evidence[0].n == 12
     if gpus < 2:
