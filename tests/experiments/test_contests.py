@@ -1,0 +1,59 @@
+"""Contests between ways of computing the same: who may take part, what is timed, and the memory of a call."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from labkit.experiments.contests import Contest, allocated, gain, median_seconds, peak_bytes, run_contests
+
+CPU = torch.device("cpu")
+MEGA = 1000 * 1000
+
+
+def slow(x: Tensor) -> Tensor:
+    time.sleep(0.004)
+    return x * 2
+
+
+def quick(x: Tensor) -> Tensor:
+    time.sleep(0.001)
+    return x + x
+
+
+def test_a_way_that_is_four_times_as_fast_is_found_to_be() -> None:
+    table = run_contests([Contest(3, (torch.ones(3),), {"slow": slow, "quick": quick})], CPU)
+    found = gain(table, "slow", "quick", 3)
+    assert 2.5 < found.low <= found.value <= found.high < 4.5 and found.n == 15
+    assert 0.004 <= median_seconds(table, "slow", 3).value < 0.01
+    assert set(table["round"]) == set(range(15))
+
+
+def test_wrong_results_failures_and_absences_are_notes_and_have_no_time() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise RuntimeError("no kernel\nfor this")
+
+    ways = {"right": quick, "wrong": lambda x: x, "fails": fails, "absent": "on CUDA only"}
+    table = run_contests([Contest(1, (torch.ones(4),), ways)], CPU, rounds=2)
+    notes = dict(table[table["note"] != ""][["way", "note"]].to_numpy())
+    assert notes == {"wrong": "its result differs by 0.5 of the norm", "fails": "no kernel", "absent": "on CUDA only"}
+    assert math.isnan(gain(table, "right", "wrong", 1).value) and peak_bytes(table, "fails", 1) is None
+    assert len(table[table["way"] == "right"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "megabytes"),
+    [
+        (lambda: torch.zeros(MEGA), 4),
+        (lambda: torch.zeros(MEGA) + 1, 8),
+        (lambda: [torch.zeros(MEGA) for _ in range(5)][0], 20),
+        (lambda: [torch.zeros(MEGA).sum() for _ in range(5)], 4),
+        (lambda: None, 0),
+    ],
+)
+def test_memory_is_what_lived_at_once(call: object, megabytes: int) -> None:
+    assert allocated(call, CPU) == pytest.approx(megabytes * MEGA, abs=1000)  # type: ignore[arg-type]
