@@ -13,11 +13,13 @@ from torch import Tensor
 
 from labkit.experiments.claims import Evidence, Verdict, judge_facts, judge_ratio
 from labkit.experiments.contests import Contest, Way, gain, median_seconds, peak_bytes
-from labkit.experiments.intervals import Estimate, percentile
+from labkit.experiments.intervals import percentile
 from labkit.kernels.activation import gelu
 from labkit.kernels.article import LONGEST, OptimizedAttention, materialized_attention
 from labkit.kernels.attention_prefill import dense_attention, dense_attention_triton
 from labkit.kernels.norm import add_rms_norm
+from labkit.models.loading import load_model_for_generate, open_checkpoint
+from labkit.probes.profiler import operators
 
 ARTICLE, SDPA, OURS, FLEX = "the article's code", "PyTorch SDPA", "labkit", "FlexAttention"
 WRITTEN_OUT, PYTORCH, COMPILED = "written out", "PyTorch", "torch.compile"
@@ -137,8 +139,9 @@ def article_attention_beyond(tokens: int = LONGEST + 1) -> str:
     return ""
 
 
-def judge_softmax(table: pd.DataFrame, eager_share: Estimate) -> Verdict:
+def judge_softmax(table: pd.DataFrame, shares_of_pass: Sequence[float]) -> Verdict:
     """C09, at the longest prompt: is work that nobody needs done, and does leaving it out save time?"""
+    of_pass = percentile(shares_of_pass, 50, "share")
     longest = int(table["x"].max())
     saved = gain(table, "all scores", "those in sight", longest)
     needed = (longest + 1) / (2 * longest)
@@ -146,7 +149,7 @@ def judge_softmax(table: pd.DataFrame, eager_share: Estimate) -> Verdict:
         f"of {longest} tokens' scores {1 - needed:.0%} are masked, and take part all the same": needed < 0.75,
         "leaving them out is faster": saved.low > 1,
     }
-    evidence = (Evidence.of("softmax, times faster", saved), Evidence.of("share of attention's time", eager_share))
+    evidence = (Evidence.of("softmax, times faster", saved), Evidence.of("share of a forward pass", of_pass))
     return judge_facts("C09", facts, evidence)
 
 
@@ -185,9 +188,9 @@ def judge_gelu(table: pd.DataFrame) -> Verdict:
     return judge_ratio("C21", gain(table, WRITTEN_OUT, PYTORCH, int(table["x"].max())), label="in one, times faster")
 
 
-def judge_embedding(shares: Sequence[float]) -> Verdict:
+def judge_embedding(shares_of_pass: Sequence[float]) -> Verdict:
     """C22: the look-up's share of a forward pass, in per cent of all operators' time; a bottleneck takes a tenth."""
-    found = percentile(shares, 50, "share")
+    found = percentile(shares_of_pass, 50, "share")
     return judge_facts("C22", {"the look-up takes a tenth of a pass or more": found.value >= 0.1},
                        (Evidence.of("share of a forward pass", found),))  # fmt: skip
 
@@ -262,12 +265,18 @@ def _flex(tokens: int, device: torch.device) -> Way | str:
     return lambda q, k, v: attend(q, k, v, block_mask=mask)
 
 
-def embedding_shares(step: Callable[[], object], repeats: int = 5) -> list[float]:
-    """Of ``step``, a forward pass: the share of its operators' time that embedding look-ups took, once a repeat."""
-    from labkit.probes.profiler import operators
+def eager_pass(model: str, tokens: int, device: torch.device) -> Callable[[], object]:
+    """One forward pass of ``model`` as first deployed (``transformers``, eager attention, float32) over a made-up
+    prompt."""
+    loaded = load_model_for_generate(open_checkpoint(model), device, torch.float32, "eager")
+    ids = torch.randint(loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.inference_mode()(lambda: loaded(ids))
 
+
+def shares(step: Callable[[], object], op: str, repeats: int = 5) -> list[float]:
+    """Of the time of ``step``'s operators: the share of those called ``op``, once a repeat."""
     found = []
     for _ in range(repeats):
         table = operators(step)
-        found.append(float(table[table["op"] == "embedding"]["share"].sum()))
+        found.append(float(table[table["op"].str.contains(op)]["share"].sum()))
     return found

@@ -49,20 +49,32 @@ def latency_by_users(
 
 
 def lines(
-    table: pd.DataFrame, x: str, x_title: str, y_title: str, title: str = "", note: str = "", log_x: bool = False
+    table: pd.DataFrame,
+    x: str,
+    x_title: str,
+    y_title: str,
+    title: str = "",
+    note: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> go.Figure:
     """Any number over any other, one line a name. Columns: ``x``, name, value, and low and high where there are any."""
     figure, labels = go.Figure(), []
     for colour, name, part in _named(table, "name", x):
         figure.add_scatter(x=part[x], y=part["value"], mode="lines+markers", name=name, error_y=_errors(part))
         figure.data[-1].update(line_color=colour)
-        end = part[x].iloc[-1]
-        labels.append((math.log10(end) if log_x else end, part["value"].iloc[-1], name, colour))
-    _label_ends(figure, labels, 0.0, table["value"].max())
+        end, height = part[x].iloc[-1], part["value"].iloc[-1]
+        labels.append((math.log10(end) if log_x else end, math.log10(height) if log_y else height, name, colour))
+    least, most = table["value"].min(), table["value"].max()
+    _label_ends(figure, labels, math.log10(least) if log_y else 0.0, math.log10(most) if log_y else most)
     figure.update_xaxes(title=x_title, type="log" if log_x else "linear")
     if log_x:
         figure.update_xaxes(tickvals=sorted(table[x].unique()), tickformat="~g")
-    figure.update_yaxes(title=y_title, rangemode="tozero")
+    figure.update_yaxes(title=y_title, type="log" if log_y else "linear")
+    if log_y:
+        figure.update_yaxes(tickvals=_ticks(), tickformat="~g")
+    else:
+        figure.update_yaxes(rangemode="tozero")
     return _styled(figure, title, note)
 
 

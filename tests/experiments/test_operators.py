@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
 
 from labkit.experiments import operators
 from labkit.experiments.contests import Contest, run_contests
-from labkit.experiments.intervals import percentile
 
 CPU, F32 = torch.device("cpu"), torch.float32
 SERIES = {
@@ -69,15 +70,18 @@ def test_a_gain_decides_on_norm_gelu_and_cache(seconds: float, outcome: str) -> 
 
 
 def test_redundant_work_of_the_softmax_counts_only_if_leaving_it_out_is_faster() -> None:
-    share = percentile([0.3] * 5, 50, "share")
     for seconds, outcome in ((2.0, "confirmed"), (0.5, "partly")):
         table = made_up({("all scores", 512): (seconds, 0), ("those in sight", 512): (1.0, 0)})
-        assert operators.judge_softmax(table, share).outcome == outcome
+        assert operators.judge_softmax(table, [0.3] * 5).outcome == outcome
 
 
 def test_an_embedding_is_a_bottleneck_from_a_tenth_of_a_pass_on() -> None:
     assert operators.judge_embedding([0.01] * 5).outcome == "refuted"
     assert operators.judge_embedding([0.2] * 5).outcome == "confirmed"
-    table = torch.nn.Embedding(100, 8)
-    shares = operators.embedding_shares(lambda: table(torch.arange(50)), repeats=2)
-    assert len(shares) == 2 and all(0 < share <= 1 for share in shares)
+
+
+def test_shares_of_a_forward_pass(tiny_model: Path) -> None:
+    step = operators.eager_pass(str(tiny_model), 32, CPU)
+    looked_up, softmax = (operators.shares(step, op, repeats=2) for op in ("embedding", "softmax"))
+    assert len(looked_up) == 2 and all(0 < share < 1 for share in looked_up + softmax)
+    assert operators.shares(step, "no such operator", repeats=1) == [0.0]

@@ -80,3 +80,10 @@ def test_lines_on_a_logarithmic_axis_are_labelled_at_their_end() -> None:
     table = pd.DataFrame({"name": "a", "batch": [1, 100], "value": [5.0, 9.0]})
     figure = figures.lines(table, "batch", "batch size", "tokens/s", log_x=True)
     assert figure.layout.annotations[0].x == pytest.approx(2.0) and figure.data[0].error_y.array is None
+
+
+def test_a_logarithmic_height_has_ticks_and_labels_in_its_own_units() -> None:
+    table = pd.DataFrame({"x": [1, 10, 1, 10], "name": ["a", "a", "b", "b"], "value": [0.01, 1.0, 0.1, 0.02]})
+    figure = figures.lines(table, "x", "tokens", "seconds", log_x=True, log_y=True)
+    assert figure.layout.yaxis.type == "log" and 0.05 in figure.layout.yaxis.tickvals
+    assert [annotation.y for annotation in figure.layout.annotations] == pytest.approx([math.log10(0.02), 0.0])
