@@ -57,6 +57,14 @@ class Linear(nn.Module):
         """(this map of the normed sum of x and residual, the sum). Without a residual the sum is x."""
         return norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
 
+    def silu_mul_of(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, where gate is the first half of this map of x and up the second; there is no bias."""
+        return linear_silu_mul(x, self.weight)
+
+    def silu_mul_of_normed_sum(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        """(``silu_mul_of`` the normed sum of x and residual, the sum), as in ``of_normed_sum``."""
+        return norm_linear_silu_mul(x, residual, norm.weight, norm.eps, self.weight)
+
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
@@ -67,7 +75,7 @@ class GatedMLP(nn.Module):
         self.down = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(linear_silu_mul(x, self.gate_up.weight))
+        return self.down(self.gate_up.silu_mul_of(x))
 
 
 class DenseMLP(nn.Module):
@@ -81,5 +89,5 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x, residual: [tokens, hidden]; returns what is to be added, and their sum."""
-        inner, residual = norm_linear_silu_mul(x, residual, self.norm.weight, self.norm.eps, self.gate_up.weight)
+        inner, residual = self.gate_up.silu_mul_of_normed_sum(x, residual, self.norm)
         return self.down(inner), residual

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from labkit.errors import UserError
 from labkit.kernels.rope import RopeTable
-from labkit.models.decoder import Decoder
+from labkit.models.decoder import Decoder, Layer
 from labkit.models.parallel import Parallel
 from labkit.models.shape import ARCHITECTURES, ModelShape
+from labkit.models.tensors import TensorFiles, read_json, weight_files
 from labkit.models.weights import Place, checkpoint_places, may_be_ignored, random_tensors
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 ALONE = Parallel()
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def open_checkpoint(model: str) -> Checkpoint:
     from transformers import AutoConfig
 
     path = resolve_model(model)
-    raw = _read_json(path / "config.json")
+    raw = read_json(path / "config.json")
     named = raw.get("architectures") or ["(none named)"]
     if named[0] not in ARCHITECTURES:
         raise UserError(f"{path} is a {named[0]}; supported are: {', '.join(ARCHITECTURES)}")
@@ -89,45 +89,62 @@ def load_model(
     targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     if random_weights:
         for name, tensor in random_tensors(places, device, dtype):
-            _fill(targets, places[name], tensor)
+            _fill(targets, places[name], tensor[places[name].part])
     else:
-        _read_weights(checkpoint, targets, places, parallel)
+        read_weights(checkpoint, targets, places, parallel)
     return model
 
 
+def empty_layer(shape: ModelShape, index: int, device: torch.device, dtype: torch.dtype) -> Layer:
+    """One layer of a model, for inference only; its parameters hold whatever the memory held, see ``read_weights``."""
+    with torch.device("meta"):
+        layer = Layer(shape, ALONE, index)
+    return _on_device(layer, device, dtype)
+
+
+def read_weights(
+    checkpoint: Checkpoint, targets: dict[str, Tensor], places: dict[str, Place], parallel: Parallel = ALONE
+) -> None:
+    """Fills ``targets``, by the names in a Decoder, with the tensors that ``places`` names, and reads no others.
+
+    ``places``: all or some of ``checkpoint_places(checkpoint.shape, parallel)``, such as one layer's. Raises UserError
+    when tensors are missing or of the wrong shape, and when the checkpoint holds one that no model of its shape has.
+    """
+    with TensorFiles(checkpoint.path) as files:
+        _refuse_unexpected(files, checkpoint.shape, parallel)
+        missing = [name for name in places if name not in files]
+        if missing:
+            raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}; fetch it again")
+        for name in files.names:
+            if place := places.get(name):
+                _check_shape(name, files.shape(name), place)
+                _fill(targets, place, files.part(name, place.part))
+
+
+def _refuse_unexpected(files: TensorFiles, shape: ModelShape, parallel: Parallel) -> None:
+    places = checkpoint_places(shape, parallel)
+    for name in files.names:
+        if name not in places and not may_be_ignored(name, shape, parallel):
+            raise UserError(f"{files.path} holds an unexpected tensor {name}; is config.json of another model?")
+
+
 def _empty_model(shape: ModelShape, device: torch.device, dtype: torch.dtype, parallel: Parallel) -> Decoder:
-    """The model with parameters of ``dtype`` that hold whatever the memory held, and its table of rotary angles."""
+    """The model with parameters that hold whatever the memory held, and its table of rotary angles."""
     with torch.device("meta"):
         model = Decoder(shape, parallel)
-    for parameter in model.parameters():  # but not the buffers, which are float32 whatever the weights are
-        parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device).requires_grad_(False).eval()
+    _on_device(model, device, dtype)
     if shape.tied:  # to_empty gives each its own storage
         model.head = model.embed
     model.cos_sin = RopeTable.build(shape.rope, shape.rotary_dim, shape.max_positions, device).cos_sin
     return model
 
 
-def _read_weights(
-    checkpoint: Checkpoint, targets: dict[str, Tensor], places: dict[str, Place], parallel: Parallel
-) -> None:
-    missing = dict(places)
-    for file in _weight_files(checkpoint.path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if place := places.get(name):
-                        _check_shape(name, tensors.get_slice(name).get_shape(), place)
-                        _fill(targets, place, tensors.get_slice(name))
-                        missing.pop(name, None)
-                    elif not may_be_ignored(name, checkpoint.shape, parallel):
-                        raise UserError(f"{file} holds an unexpected tensor {name}; is config.json of another model?")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read ({error}); fetch it again") from error
-    if missing:
-        raise UserError(
-            f"{checkpoint.path} lacks {len(missing)} tensors, such as {next(iter(missing))}; fetch it again"
-        )
+def _on_device(module: M, device: torch.device, dtype: torch.dtype) -> M:
+    """A module on the meta device with memory, for inference; parameters of ``dtype``, but buffers as they are: those
+    are float32 whatever the weights are."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module.to_empty(device=device).requires_grad_(False).eval()
 
 
 def _check_shape(name: str, found: list[int], place: Place) -> None:
@@ -135,9 +152,8 @@ def _check_shape(name: str, found: list[int], place: Place) -> None:
         raise UserError(f"tensor {name} is {found}, config.json makes it {list(place.shape)}")
 
 
-def _fill(targets: dict[str, Tensor], place: Place, tensor: Any) -> None:
-    """Copies this rank's part of ``tensor``, a Tensor or a safetensors slice, to its place."""
-    part = tensor[place.part]
+def _fill(targets: dict[str, Tensor], place: Place, part: Tensor) -> None:
+    """Copies this rank's part of a checkpoint's tensor to its place."""
     target = targets[place.parameter].data
     if place.expert is not None:
         target = target[place.expert]
@@ -153,7 +169,7 @@ def load_model_for_generate(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if not random_weights:
-        _weight_files(checkpoint.path)  # refuses pickles before transformers would look for them
+        weight_files(checkpoint.path)  # refuses pickles before transformers would look for them
     model: Any
     try:
         if random_weights:
@@ -182,39 +198,11 @@ def load_tokenizer(model: str) -> Any:
         raise UserError(f"{path} has no tokenizer that can be loaded ({error})") from error
 
 
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        files = [path / name for name in names]
-        absent = [file.name for file in files if not file.exists()]
-        if absent or not files:
-            raise UserError(f"{path} lacks the shards {', '.join(absent) or '(none named)'}; fetch it again")
-        return files
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
-        raise UserError(f"{path} has its weights as pickles, which can run code; convert them to safetensors first")
-    raise UserError(f"{path} has no model.safetensors")
-
-
 def _eos_token_ids(path: Path, config: dict[str, Any]) -> frozenset[int]:
     generation = path / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
     if eos is None:
         eos = config.get("eos_token_id")
     if eos is None:
         return frozenset()
     return frozenset(eos if isinstance(eos, list) else [eos])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; is {path.parent} a Hugging Face model directory?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no JSON object")
-    return found

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from labkit.errors import UserError
 from labkit.models.decoder import Decoder
-from labkit.models.loading import load_model, load_model_for_generate, load_tokenizer, open_checkpoint
+from labkit.models.loading import (
+    empty_layer,
+    load_model,
+    load_model_for_generate,
+    load_tokenizer,
+    open_checkpoint,
+    read_weights,
+)
 from labkit.models.parallel import Parallel
 from labkit.models.weights import checkpoint_places
 
@@ -195,3 +202,22 @@ def test_what_chooses_experts_stays_float32(make_case: Any) -> None:
     assert set(dtypes) == {"cos_sin", "layers.1.mlp.correction", "layers.2.mlp.correction"}
     assert set(dtypes.values()) == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3"])
+def test_a_layer_alone_is_that_of_the_whole_model(make_case: Any, name: str) -> None:
+    checkpoint = open_checkpoint(str(make_case(name).path))
+    whole = load_model(checkpoint, CPU, torch.bfloat16).state_dict()
+    prefix = "layers.1."
+    layer = empty_layer(checkpoint.shape, 1, CPU, torch.bfloat16)
+    targets = {prefix + key: value for key, value in layer.state_dict(keep_vars=True).items()}
+    places = {
+        key: place
+        for key, place in checkpoint_places(checkpoint.shape, Parallel()).items()
+        if place.parameter.startswith(prefix)
+    }
+    read_weights(checkpoint, targets, places)
+    assert targets.keys() == {key for key in whole if key.startswith(prefix)}
+    for key, value in targets.items():
+        assert value.dtype == whole[key].dtype and torch.equal(value, whole[key])
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
