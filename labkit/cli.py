@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +10,7 @@ import typer
 
 from labkit.bench.cli import bench
 from labkit.errors import UserError
+from labkit.training.cli import distill, evaluate, train
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -23,126 +23,15 @@ app = typer.Typer(
 )
 
 
+app.command()(train)
+app.command()(distill)
+app.command()(evaluate)
 app.command()(bench)
 
 
 @app.callback()
 def _options() -> None:
     """An optimisation lab for LLM inference."""
-
-
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Directory for the model.")] = Path("build/ledger-r1"),
-    preset: Annotated[str, typer.Option(help="ledger-r1 (how the shipped model is trained) or article.")] = "ledger-r1",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Seconds at most, compiling included.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    betas: Annotated[tuple[float, float] | None, typer.Option(help="AdamW betas.")] = None,
-    eps: Annotated[float | None, typer.Option(help="AdamW epsilon.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay of the matrices.")] = None,
-    warm_up: Annotated[int | None, typer.Option(help="Steps of rising learning rate.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a micro-batch.")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Sequences in a micro-batch, instead of --batch-tokens.")
-    ] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Micro-batches in a step.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of data and initial weights.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    autocast: Annotated[bool, typer.Option(help="Compute in bfloat16 where that is safe, and fast on this device.")] = True,
-    compile_steps: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile; by default on CUDA.")
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Processes that write documents; by default all cores but two.")
-    ] = None,
-    checkpoints: Annotated[
-        Path | None, typer.Option(help="Directory for checkpoints; OUT-checkpoints by default.")
-    ] = None,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
-    checkpoint_every_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides.")] = None,
-    runs: Annotated[Path, typer.Option(help="Run store, for the loss curve.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-) -> None:
-    """Train the ledger model from nothing, or go on where a training was killed.
-
-    labkit train --steps 10300 --device cuda
-    """
-    from labkit.training.options import pick_device
-    from labkit.training.options import preset as make_options
-    from labkit.training.trainer import train as run_training
-
-    device = pick_device(device)
-    options = make_options(
-        preset,
-        steps=steps,
-        max_seconds=max_seconds,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        warm_up=warm_up,
-        schedule=schedule,
-        clip=clip,
-        batch_tokens=batch_tokens,
-        micro_batch=micro_batch,
-        accumulate=accumulate,
-        seed=seed,
-        device=device,
-        autocast=autocast,
-        checkpoint_every_s=checkpoint_every,
-        checkpoint_every_steps=checkpoint_every_steps,
-        compile=device.startswith("cuda") if compile_steps is None else compile_steps,
-        processes=max(0, (os.cpu_count() or 1) - 2) if processes is None else processes,
-    )
-    kept = checkpoints or out.with_name(out.name + "-checkpoints")
-    try:
-        run_training(options, out, kept, runs, resume, say=lambda line: print(line, flush=True))
-    except KeyboardInterrupt:
-        print(f"labkit: interrupted; --resume goes on from the newest checkpoint in {kept}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Directory of a ledger model.")],
-    problems: Annotated[int, typer.Option(help="Problems per bucket.")] = 1000,
-    buckets: Annotated[str, typer.Option(help="Buckets, separated by commas.")] = "short,medium,long",
-    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    result: Annotated[Path | None, typer.Option(help="JSON file for the account.")] = None,
-) -> None:
-    """Ask a ledger model unseen problems and count the exactly right answers, with Wilson 95 % intervals.
-
-    labkit evaluate data/models/ledger-r1 --problems 50 --buckets short,medium
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from labkit.training.evaluate import evaluate as run_evaluation
-    from labkit.training.evaluate import table_rows
-    from labkit.training.options import pick_device
-
-    chosen = [bucket.strip() for bucket in buckets.split(",")]
-    account = run_evaluation(
-        model,
-        problems,
-        chosen,
-        seed,
-        pick_device(device),
-        result=result,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    header, *rows = table_rows(account)
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    # a log or a pipe has no width of its own, and figures broken over lines are hard to read
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if result is not None:
-        print(f"written to {result}")
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typing import Any
 
 from labkit.errors import UserError
 from labkit.files import write_atomic
+from labkit.training import card_student
 from labkit.training.evaluate import table_rows
 from labkit.training.evidence import EVIDENCE, Evidence, read_evidence, take_evidence
 from labkit.training.figure import training_figure
@@ -45,6 +46,7 @@ def write_card(model: Path) -> Path:
 
 def card_text(name: str, evidence: Evidence) -> str:
     """The card of a model called ``name``, Markdown behind the front matter that the Hugging Face hub reads."""
+    taught = "teacher" in evidence.manifest
     parts = (
         _front_matter(name, evidence),
         _introduction(name, evidence),
@@ -52,9 +54,10 @@ def card_text(name: str, evidence: Evidence) -> str:
         _task(),
         _training(evidence),
         _results(evidence),
+        *((card_student.beside_teacher(evidence),) if taught else ()),
         _made_easier(),
         _limits(),
-        _again(name, evidence),
+        card_student.again(name, evidence) if taught else _again(name, evidence),
     )
     return "\n\n".join([parts[0], *(_filled(part) for part in parts[1:])]) + "\n"
 
@@ -205,11 +208,15 @@ def _training(evidence: Evidence) -> str:
         f"{shape['kv_heads']} of keys and values, feed-forward {shape['intermediate']}, "
         f"vocabulary {shape['vocabulary']}, context {shape['context']:,}, embeddings tied",
     }
+    taught = "teacher" in manifest
+    if taught:
+        rows["loss"] = card_student.lesson(manifest)
+    origin = card_student.origin(manifest) if taught else "From nothing"
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())])
     first, last = (", ".join(f"{share:.0%}" for share in options[key]) for key in ("first_shares", "shares"))
     return f"""## How it was trained
 
-From nothing, on documents of one blotter and as many questions as fit. Thoughts and answers are learnt, prompts are
+{origin}, on documents of one blotter and as many questions as fit. Thoughts and answers are learnt, prompts are
 not; a token of an answer counts three times. Short, medium and long documents are drawn {first} of the time at
 first and {last} from a quarter of the training on.
 

@@ -77,6 +77,10 @@ def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.Optim
                 parameter.copy_(file.get_tensor(f"model.{name}"))
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in names]
                 if keys:
-                    state = {key: file.get_tensor(f"optimizer.{key}.{name}").to(parameter.device) for key in keys}
-                    optimizer.state[parameter] = state
+                    state = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+                    # only a fused optimizer counts its steps on the device
+                    stays = () if optimizer.defaults.get("fused") else ("step",)
+                    optimizer.state[parameter] = {
+                        key: value if key in stays else value.to(parameter.device) for key, value in state.items()
+                    }
         torch.set_rng_state(file.get_tensor("random.cpu"))

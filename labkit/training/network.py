@@ -6,11 +6,18 @@ differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHECKPOINTING = ("none", "all", "half", "attention", "mlp")
+"""What keeps no activations but works them out again in the backward pass: nothing, every layer, every second layer, or
+of every layer one half."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,27 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden, shape.norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, forgets: str = "none") -> Tensor:
+        """``forgets``, one of CHECKPOINTING but "half", is what of this layer keeps no activations."""
+        if forgets == "all":
+            return _forgetting(self, x, cos, sin)
+        mix = partial(_forgetting, self.mix) if forgets == "attention" else self.mix
+        feed = partial(_forgetting, self.feed) if forgets == "mlp" else self.feed
+        return feed(mix(x, cos, sin))
+
+    def mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The attention half."""
+        return x + self.self_attn(self.input_layernorm(x), cos, sin)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward half."""
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _forgetting(part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``part(*inputs)``, of which the backward pass finds the inputs alone and goes forward again."""
+    out: Tensor = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 class Body(nn.Module):
@@ -118,10 +143,11 @@ class Body(nn.Module):
 
 
 class Network(nn.Module):
-    """The whole model; the output head is the embedding."""
+    """The whole model; the output head is the embedding. ``checkpointing`` is one of CHECKPOINTING."""
 
     cos: Tensor
     sin: Tensor
+    checkpointing: str = "none"
 
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         super().__init__()
@@ -144,19 +170,35 @@ class Network(nn.Module):
         length = ids.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.model.embed_tokens(ids)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin)
+        for index, layer in enumerate(self.model.layers):
+            x = layer(x, cos, sin, self._forgets(index))
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+
+    def _forgets(self, index: int) -> str:
+        if not (self.training and torch.is_grad_enabled()):
+            return "none"
+        if self.checkpointing == "half":
+            return "all" if index % 2 else "none"
+        return self.checkpointing
 
 
 def weighted_loss(network: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
     """Mean cross-entropy (nats, float32 scalar) of the next token, each counted ``weights`` [B, L] times."""
-    logits = network(ids)
+    losses = next_token_losses(network(ids), ids)
+    return weighted_mean(losses, weights)
+
+
+def next_token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy (nats, float32 [B, L]) of the token after each; that of the last place means nothing."""
     targets = ids.roll(-1, dims=1)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(ids.shape)
+
+
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """Mean of ``losses`` [B, L] of next tokens; ``weights`` [B, L] is how often each token counts as one predicted."""
     counts = weights.roll(-1, dims=1).float()
     counts[:, -1] = 0
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    counts = counts.flatten()
     return (losses * counts).sum() / counts.sum()
 
 
@@ -173,3 +215,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+def operations_a_token(shape: Shape, context: int) -> float:
+    """Floating-point operations of one token's forward pass that attends to ``context`` tokens, products alone."""
+    width, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    matrices = shape.hidden * (2 * width + 2 * keys + 3 * shape.intermediate)
+    return 2.0 * (shape.layers * (matrices + 2 * context * width) + shape.vocabulary * shape.hidden)

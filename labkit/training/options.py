@@ -1,4 +1,4 @@
-"""Everything that a training can be told, and the two presets."""
+"""Everything that a training can be told, and the presets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,30 @@ from typing import Any
 import torch
 
 from labkit.errors import UserError
-from labkit.training.network import Shape
+from labkit.training.network import CHECKPOINTING, Shape
 
 SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("fused", "foreach", "loop")
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """How a student is taught.
+
+    The loss of a token is ``soft`` times the forward divergence KL(teacher || student) at ``temperature``, times the
+    square of it, plus ``hard`` times the cross-entropy of the right token. ``on_policy`` is the share of batches whose
+    completions the student writes itself, to be told by the teacher what should have come next. ``copy_layers`` are the
+    layers of the teacher that the student's begin as: None spreads them from first to last, () begins from nothing.
+    ``teacher`` is its name, ``digest`` that of its weights.
+    """
+
+    teacher: str = ""
+    digest: str = ""
+    temperature: float = 2.0
+    soft: float = 0.5
+    hard: float = 0.5
+    on_policy: float = 0.0
+    copy_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,8 @@ class TrainOptions:
     whichever comes first; the schedule follows the fraction of the one that is nearer its end. ``micro_batch`` is in
     sequences; None takes ``batch_tokens`` divided by the sequence length. ``warm_up`` is in steps, times in seconds,
     ``final_lr`` a fraction of ``lr``. ``shares`` is how often each bucket (short, medium, long) is drawn at the start
-    and after a quarter.
+    and after a quarter. ``checkpointing`` is which activations are worked out again in the backward pass instead of
+    being kept, ``optimizer`` how AdamW is carried out; both leave what is learnt as it is.
     """
 
     steps: int | None = None
@@ -47,12 +69,15 @@ class TrainOptions:
     device: str = "cpu"
     autocast: bool = True
     compile: bool = False
+    optimizer: str = "fused"
+    checkpointing: str = "none"
     checkpoint_every_s: float = 60.0
     checkpoint_every_steps: int | None = None
     probe_every_s: float = 75.0
     report_every_s: float = 10.0
     curve_every: int = 20
     shape: Shape = Shape()
+    distill: DistillOptions | None = None
 
     def checked(self) -> TrainOptions:
         """Itself. Raises UserError naming the first option that cannot be."""
@@ -71,6 +96,11 @@ class TrainOptions:
         _require(self.accumulate >= 1, "--accumulate must be at least 1")
         _require(self.processes >= 0, "--processes must be 0 or more")
         _require(self.checkpoint_every_s > 0, "--checkpoint-every must be above 0 seconds")
+        _require(self.optimizer in OPTIMIZERS, f"--optimizer must be one of {', '.join(OPTIMIZERS)}")
+        _require(self.checkpointing in CHECKPOINTING, f"--checkpointing must be one of {', '.join(CHECKPOINTING)}")
+        _check_shape(self.shape)
+        if self.distill is not None:
+            _check_distill(self.distill, self.shape)
         return self
 
 
@@ -119,8 +149,32 @@ def check_device(device: str) -> None:
 
 
 def has_bf16(device: str) -> bool:
-    """Whether ``device`` multiplies bf16 matrices at speed. A CPU without AVX-512 takes ten times as long as in float32."""
+    """Whether ``device`` is fast with bf16 matrices. A CPU without AVX-512 takes ten times as long as in float32."""
     return device != "cpu" or torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "SVE"))
+
+
+def _check_shape(shape: Shape) -> None:
+    sizes = {
+        "--layers": shape.layers,
+        "--hidden": shape.hidden,
+        "--heads": shape.heads,
+        "--kv-heads": shape.kv_heads,
+        "--intermediate": shape.intermediate,
+    }
+    for name, size in sizes.items():
+        _require(size >= 1, f"{name} must be at least 1")
+    _require(shape.hidden % (2 * shape.heads) == 0, "--hidden must be an even multiple of --heads")
+    _require(shape.heads % shape.kv_heads == 0, "--heads must be a multiple of --kv-heads")
+
+
+def _check_distill(distill: DistillOptions, shape: Shape) -> None:
+    _require(distill.temperature > 0, "--temperature must be above 0")
+    _require(min(distill.soft, distill.hard) >= 0, "--soft and --hard must be 0 or more")
+    _require(distill.soft + distill.hard > 0, "--soft and --hard cannot both be 0: nothing would be learnt")
+    _require(0 <= distill.on_policy < 1, "--on-policy must be at least 0 and below 1")
+    _require(distill.soft > 0 or not distill.on_policy, "--on-policy needs --soft: such tokens have no right answer")
+    copied = distill.copy_layers
+    _require(not copied or len(copied) == shape.layers, f"--copy-layers must name one layer for each of {shape.layers}")
 
 
 def _require(ok: bool, message: str) -> None:

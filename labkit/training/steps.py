@@ -11,30 +11,31 @@ from torch import Tensor
 
 from labkit.training.documents import LENGTHS, Batch
 from labkit.training.ledger import BUCKETS
-from labkit.training.network import Network, weighted_loss
+from labkit.training.network import Network
+from labkit.training.objective import NextToken, Objective
 from labkit.training.options import TrainOptions
 from labkit.training.schedule import rows_of
 
+_HOW = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False, "fused": False}}
+
 
 def make_optimizer(network: Network, options: TrainOptions) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, the embedding, norms and biases do not."""
+    """AdamW as ``options.optimizer`` says; matrices decay, the embedding, norms and biases do not."""
     decayed = [p for name, p in network.named_parameters() if p.dim() == 2 and "embed" not in name]
     kept = [p for name, p in network.named_parameters() if p.dim() != 2 or "embed" in name]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, **_HOW[options.optimizer])
 
 
 class Stepper:
-    """A network and its optimizer on ``options.device``, and how they take a step."""
+    """A network and its optimizer on ``options.device``, and how they take a step towards ``objective``."""
 
-    def __init__(self, network: Network, options: TrainOptions) -> None:
+    def __init__(self, network: Network, options: TrainOptions, objective: Objective | None = None) -> None:
         self.network, self.options = network, options
+        self.network.checkpointing = options.checkpointing
         self.optimizer = make_optimizer(network, options)
-
-        def loss(ids: Tensor, weights: Tensor) -> Tensor:
-            return weighted_loss(network, ids, weights)
-
-        self._plain_loss = self._loss = loss
+        self._objective = objective or NextToken(network)
+        self._loss = self._objective.loss
 
     def step(self, batches: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
         """One optimizer step over ``batches``; returns loss and gradient norm, float32 scalars on the device."""
@@ -43,8 +44,11 @@ class Stepper:
         total = torch.zeros((), device=self.options.device)
         for batch in batches:
             ids, weights = self._move(batch)
+            # apart: weights that autocast casts without gradients must not serve the loss
             with self.autocast():
-                loss = self._loss(ids, weights) / len(batches)
+                inputs = self._objective.inputs(ids, weights, f"{batch.bucket}/{batch.counter}")
+            with self.autocast():
+                loss = self._loss(*inputs) / len(batches)
             loss.backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip)
@@ -58,7 +62,7 @@ class Stepper:
 
     def compile(self, say: Callable[[str], None]) -> None:
         """Compiles every shape before the first step; if the compiler fails, the training goes on without it."""
-        self._loss = torch.compile(self._plain_loss, dynamic=False)
+        self._loss = torch.compile(self._objective.loss, dynamic=False)
         began = time.monotonic()
         try:
             for bucket in BUCKETS:
@@ -66,11 +70,11 @@ class Stepper:
                 ids = torch.zeros(shape, dtype=torch.int64, device=self.options.device)
                 weights = torch.ones(shape, dtype=torch.uint8, device=self.options.device)
                 with self.autocast():
-                    self._loss(ids, weights).backward()
+                    self._loss(*self._objective.inputs(ids, weights, None)).backward()
                 say(f"compiled for {bucket} documents {shape} after {time.monotonic() - began:.0f} s")
         except Exception as error:  # whatever the compiler raises, uncompiled steps still train
             say(f"torch.compile failed ({str(error).splitlines()[0][:200]}); training without it, slower")
-            self._loss = self._plain_loss
+            self._loss = self._objective.loss
         self.optimizer.zero_grad(set_to_none=True)
 
     def _move(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from labkit.training.documents import Batch, Feed
 from labkit.training.ledger import BUCKETS
 from labkit.training.modeldir import write_model
 from labkit.training.network import Network
+from labkit.training.objective import NextToken, Objective
 from labkit.training.options import TrainOptions, check_device, check_room, has_bf16
 from labkit.training.probe import Probe, make_probe, run_probe
 from labkit.training.schedule import bucket_at, fraction_done, is_done, rate_at, rows_of, seconds_left
@@ -30,7 +31,7 @@ _AHEAD = 48
 # options that may change between sittings without changing what is learnt from which data
 _FREE = (
     "steps", "max_seconds", "processes", "device", "compile", "checkpoint_every_s", "checkpoint_every_steps",
-    "probe_every_s", "report_every_s", "curve_every",
+    "probe_every_s", "report_every_s", "curve_every", "optimizer", "checkpointing",
 )  # fmt: skip
 
 Say = Callable[[str], None]
@@ -46,9 +47,17 @@ class Trained:
 
 
 def train(
-    options: TrainOptions, out: Path, checkpoints: Path, runs: Path, resume: bool = False, say: Say | None = None
+    options: TrainOptions,
+    out: Path,
+    checkpoints: Path,
+    runs: Path,
+    resume: bool = False,
+    say: Say | None = None,
+    teach: Callable[[Network], Objective] = NextToken,
 ) -> Trained:
     """Trains a model into directory ``out``. ``say`` takes progress lines (standard error by default).
+
+    ``teach`` is given the network as it begins, on its device, may change its weights, and says what it shall learn.
 
     Raises UserError for what the user can mend: no CUDA, no space, checkpoints in the way, options that do not fit
     them, a loss that is not finite, a process that died.
@@ -62,7 +71,9 @@ def train(
         say(f"{options.device} has no fast bfloat16: training in float32")
         options = replace(options, autocast=False)
     progress, path = _where_to_start(options, checkpoints, resume, say)
-    stepper = Stepper(Network(options.shape, options.seed).to(options.device), options)
+    network = Network(options.shape, options.seed).to(options.device)
+    objective = teach(network)
+    stepper = Stepper(network, options, objective)
     parameters = sum(parameter.numel() for parameter in stepper.network.parameters())
     if path is not None:
         load_checkpoint(path, stepper.network, stepper.optimizer)
@@ -97,6 +108,7 @@ def train(
         elapsed_s=progress.elapsed_s,
         parameters=parameters,
         data_seed=options.seed,
+        **objective.facts(),
     )
     say(f"{out}: model after {progress.step} steps, {progress.tokens / 1e6:.1f}M tokens, {progress.elapsed_s:.0f} s")
     return Trained(out, run.path, progress)
