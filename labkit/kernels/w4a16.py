@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labkit.kernels.w4a16_layout import Packed, dequantize, dequantize_checkpoint, join, pack, pack_levels
+from labkit.kernels import w4a16_few, w4a16_many
+from labkit.kernels.w4a16_layout import (
+    INPUTS,
+    OUTPUTS,
+    Packed,
+    dequantize,
+    dequantize_checkpoint,
+    join,
+    pack,
+    pack_levels,
+)
 
 __all__ = [
     "Packed", "dequantize", "dequantize_checkpoint", "join", "pack", "pack_levels", "w4a16_linear",
     "w4a16_linear_reference",
 ]  # fmt: skip
+
+MOST_FEW, MOST_MANY = 16, 256
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def w4a16_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -22,5 +36,20 @@ def w4a16_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None
 
 
 def w4a16_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
-    """``w4a16_linear_reference``, by the kernel for this many rows."""
-    return w4a16_linear_reference(x, packed, bias)
+    """``w4a16_linear_reference``, by the kernel for this many rows.
+
+    The rule: 16-bit rows on CUDA, groups of a multiple of 128, all zeros 8 -> up to 16 rows ``w4a16_few``, up to 256
+    ``w4a16_many``, more of them dequantised once and multiplied by cuBLAS; anything else -> the reference.
+    """
+    if not has_kernel(x, packed):
+        return w4a16_linear_reference(x, packed, bias)
+    if len(x) <= MOST_FEW:
+        return w4a16_few.few_triton(x, packed, bias)
+    if len(x) <= MOST_MANY:
+        return w4a16_many.many_triton(x, packed, bias)
+    return F.linear(x, w4a16_many.dequantize_triton(packed, x.dtype), bias)
+
+
+def has_kernel(x: Tensor, packed: Packed) -> bool:
+    fits = packed.group == INPUTS and packed.inputs % INPUTS == 0 and packed.outputs % OUTPUTS == 0
+    return x.is_cuda and fits and packed.zeros is None and x.dtype in HALVES and len(x) > 0 and x.is_contiguous()

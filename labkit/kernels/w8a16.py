@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from labkit.kernels.compile_check import CompileCase
+
+MOST_ROWS = 256
+"""Up to here the kernels win; with more it is cheaper to dequantise first."""
 
 
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,5 +33,136 @@ def w8a16_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tenso
 
 
 def w8a16_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``w8a16_linear_reference``, by the kernel for this many rows."""
+    """``w8a16_linear_reference``, by the kernel for this many rows: up to 256 in 16 bits on CUDA -> Triton, else the
+    reference."""
+    if x.is_cuda and 0 < len(x) <= MOST_ROWS and x.dtype != torch.float32 and x.is_contiguous():
+        return w8a16_linear_triton(x, weight, scale, bias)
     return w8a16_linear_reference(x, weight, scale, bias)
+
+
+@dataclass(frozen=True)
+class One:
+    """``_one``: outputs and inputs of a tile."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Some:
+    """``_some``: outputs, rows and inputs of a tile."""
+
+    outputs: int
+    rows: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def tuning(rows: int, inputs: int) -> One | Some:
+    if rows == 1:
+        return One(2, min(triton.next_power_of_2(inputs), 4096), 4, 1)
+    if rows <= 16:
+        return Some(64, 16, 128, 4, 4)
+    return Some(128, min(max(triton.next_power_of_2(rows), 32), 128), 64, 8, 3)
+
+
+def w8a16_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return launch(x, weight, scale, bias, tuning(*x.shape))
+
+
+def launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, cut: One | Some) -> Tensor:
+    (rows, inputs), outputs = x.shape, len(weight)
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    if isinstance(cut, One):
+        _one[(triton.cdiv(outputs, cut.outputs),)](
+            x, weight, scale, bias, out, outputs, INPUTS=inputs, BIAS=bias is not None, OUT=cut.outputs, IN=cut.inputs,
+            STAGES=cut.stages, num_warps=cut.warps,
+        )  # fmt: skip
+        return out
+    # Programs side by side have the same weights, so that they are read from memory once.
+    _some[(triton.cdiv(rows, cut.rows), triton.cdiv(outputs, cut.outputs))](
+        x, weight, scale, bias, out, rows, outputs, INPUTS=inputs, BIAS=bias is not None, OUT=cut.outputs,
+        ROWS=cut.rows, IN=cut.inputs, STAGES=cut.stages, num_warps=cut.warps,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _one(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    outputs,
+    INPUTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One row of x, as in ``linear.py``: every thread multiplies the same columns of a few rows of the weight."""
+    output = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    column = tl.arange(0, IN)[None, :]
+    weights = weight_ptr + output[:, None].to(tl.int64) * INPUTS + column
+    sums = tl.zeros([OUT, IN], tl.float32)
+    for start in tl.range(0, INPUTS, IN, num_stages=STAGES):
+        if INPUTS % IN == 0:
+            weight = tl.load(weights + start, mask=output[:, None] < outputs, other=0)
+            x = tl.load(x_ptr + start + column)
+        else:
+            known = start + column < INPUTS
+            weight = tl.load(weights + start, mask=(output[:, None] < outputs) & known, other=0)
+            x = tl.load(x_ptr + start + column, mask=known, other=0.0)
+        sums += weight.to(tl.float32) * x.to(tl.float32)
+    known_output = output < outputs
+    result = tl.sum(sums, axis=1) * tl.load(scale_ptr + output, mask=known_output, other=0.0)
+    if BIAS:
+        result += tl.load(bias_ptr + output, mask=known_output, other=0.0).to(tl.float32)
+    tl.store(out_ptr + output, result.to(x_ptr.dtype.element_ty), mask=known_output)
+
+
+@triton.jit
+def _some(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    outputs,
+    INPUTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    IN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A tile [OUT, ROWS] of the product, on tensor cores; the scale comes after the sum."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    output = tl.program_id(1) * OUT + tl.arange(0, OUT)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, IN)[None, :]
+    # Rows past the last are read as the last, and not stored.
+    weights = weight_ptr + tl.minimum(output, outputs - 1).to(tl.int64) * INPUTS + column
+    x_at = x_ptr + tl.minimum(row, rows - 1)[:, None] * INPUTS + column
+    sums = tl.zeros([OUT, ROWS], tl.float32)
+    for start in tl.range(0, INPUTS, IN, num_stages=STAGES):
+        if INPUTS % IN == 0:
+            weight, x = tl.load(weights + start), tl.load(x_at + start)
+        else:
+            weight = tl.load(weights + start, mask=start + column < INPUTS, other=0)
+            x = tl.load(x_at + start, mask=start + column < INPUTS, other=0.0)
+        sums = tl.dot(weight.to(dtype), tl.trans(x), sums)
+    known_output = output < outputs
+    sums *= tl.load(scale_ptr + output, mask=known_output, other=0.0)
+    if BIAS:
+        sums += tl.load(bias_ptr + output, mask=known_output, other=0.0).to(tl.float32)
+    at = out_ptr + row[None, :].to(tl.int64) * outputs + output
+    tl.store(at, sums.to(dtype), mask=known_output & (row < rows)[None, :])
+
+
+COMPILE_CASES: list[CompileCase] = []

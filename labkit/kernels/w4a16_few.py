@@ -1,0 +1,231 @@
+"""4-bit linear layers for a few rows, at the speed of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from labkit.kernels.compile_check import CompileCase
+from labkit.kernels.w4a16_layout import Packed
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""The interpreter knows no assembly, and computes the same without."""
+
+
+@dataclass(frozen=True)
+class Few:
+    """How the work is cut: see ``_few``."""
+
+    tiles: int
+    warps: int
+    depth: int
+    stages: int = 1
+
+
+def few_triton(x: Tensor, packed: Packed, bias: Tensor | None = None, silu: bool = False) -> Tensor:
+    """The product of up to 16 contiguous rows; with ``silu``, silu(first half of the outputs) * the rest."""
+    return launch(x, packed, bias, silu, tuning(len(x), packed, silu))
+
+
+def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few) -> Tensor:
+    rows, inputs = x.shape
+    outputs = packed.outputs // 2 if silu else packed.outputs
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    padded = 1 if rows == 1 else 8 if rows <= 8 else 16
+    each = cut.tiles // 2 if silu else cut.tiles
+    _few[(triton.cdiv(outputs, each * 16),)](
+        x, packed.words, packed.scales, bias, out, rows, outputs, INPUTS=inputs, BLOCKS=packed.words.shape[1],
+        BIAS=bias is not None, SILU=silu, ROWS=padded, TILES=cut.tiles, WARPS=cut.warps, DEPTH=cut.depth,
+        STAGES=cut.stages, ASSEMBLY=not INTERPRETED, num_warps=cut.warps,
+    )  # fmt: skip
+    return out
+
+
+def tuning(rows: int, packed: Packed, silu: bool) -> Few:
+    return Few(2 if silu else 1, 4, 2)
+
+
+_PAIR = """{{
+    .reg .b32 pair, zero;
+    mov.b32 zero, 0x{zero:08x};
+    lop3.b32 pair, $1, 0x000f000f, 0x{magic:08x}, 0xea;
+    sub.rn.{kind} $0, pair, zero;
+}}"""
+BFLOAT16_PAIR = tl.constexpr(_PAIR.format(kind="bf16x2", magic=0x43004300, zero=0x43084308))
+FLOAT16_PAIR = tl.constexpr(_PAIR.format(kind="f16x2", magic=0x64006400, zero=0x64086408))
+
+
+@triton.jit
+def pair_of_levels(words, i: tl.constexpr, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two levels less 8 of each word, as the two halves of an int32: the numbers of ``dtype`` next to each other.
+
+    With the exponent of 128, whose last bits count ones, a level n makes 128 + n; of 1024 in float16.
+    """
+    shifted = words >> (4 * i)
+    if ASSEMBLY:
+        if dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(BFLOAT16_PAIR, "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            return tl.inline_asm_elementwise(FLOAT16_PAIR, "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return (shifted & 0x000F000F) | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
+
+
+@triton.jit
+def halves(pair, dtype: tl.constexpr, ASSEMBLY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The numbers of ``pair_of_levels`` in a new last dimension."""
+    low = pair.to(tl.int16).to(dtype, bitcast=True)
+    high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    both = tl.join(low, high)
+    if not ASSEMBLY:
+        if dtype == tl.bfloat16:
+            both = both - tl.full([1], 136.0, dtype)
+        else:
+            both = both - tl.full([1], 1032.0, dtype)
+    return both
+
+
+@triton.jit
+def _load_scales(at, pitch, half, known, TILES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[warps, TILES * 16] float16 from pointers [warps, 16] to the first tile; small loads, which go where they are
+    used without a detour."""
+    scales = tl.load(at, mask=known, other=0.0)
+    if TILES == 2:
+        s1 = tl.load(at + half, mask=known, other=0.0)
+        scales = tl.permute(tl.join(scales, s1), (0, 2, 1)).reshape(scales.shape[0], 32)
+    elif TILES == 4:
+        s1 = tl.load(at + pitch, mask=known, other=0.0)
+        s2 = tl.load(at + half, mask=known, other=0.0)
+        s3 = tl.load(at + half + pitch, mask=known, other=0.0)
+        pairs = tl.join(tl.join(scales, s2), tl.join(s1, s3))
+        scales = tl.permute(pairs, (0, 2, 3, 1)).reshape(scales.shape[0], 64)
+    return scales
+
+
+@triton.jit
+def _few(  # type: ignore[no-untyped-def]
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    outputs,
+    INPUTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """TILES tiles of outputs; each warp multiplies every WARPS-th tile of inputs.
+
+    ROWS: 1, 8 or 16. DEPTH: how many tiles ahead a warp loads into registers; 0: STAGES of them into shared memory.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = 8 if ROWS == 1 else ROWS
+    HIGH: tl.constexpr = COLUMNS // 8
+    # With a gate the second half of the tiles are those of up, ``outputs`` further on.
+    GATED: tl.constexpr = 2 if SILU else 1
+    EACH: tl.constexpr = TILES // GATED
+    first_tile = tl.program_id(0) * EACH
+    half = (outputs // 16 if SILU else TILES // 2) * (BLOCKS * 16)
+    # words: [row / 8, tile, warp, row % 8, word]
+    part = tl.arange(0, TILES)
+    tile = first_tile + part % EACH + (part // EACH) * (outputs // 16)
+    tile_at = tile[None, :, None, None, None].to(tl.int64) * BLOCKS
+    block = tl.arange(0, WARPS)[None, None, :, None, None]
+    row = tl.arange(0, 2)[:, None, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :, None]
+    words_at = words_ptr + (tile_at + block) * 256 + row * 16 + tl.arange(0, 16)[None, None, None, None, :]
+    words_at = tl.max_contiguous(words_at, (1, 1, 4, 8, 16))
+    # x: [row / 8, warp, row % 8, input]; rows past the last are read as the last, and not stored.
+    x_row = tl.arange(0, HIGH)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
+    x_row = tl.minimum(x_row, rows - 1)
+    x_input = tl.arange(0, WARPS)[None, :, None, None] * 128 + tl.arange(0, 32)[None, None, None, :]
+    x_at = x_ptr + x_row * INPUTS + x_input
+    # scales: [warp, output]
+    warp = tl.arange(0, WARPS)[:, None]
+    scales_at = scales_ptr + (first_tile.to(tl.int64) * BLOCKS + warp) * 16 + tl.arange(0, 16)[None, :]
+
+    total = tl.zeros([WARPS, TILES * 16, COLUMNS], tl.float32)
+    if DEPTH >= 1:
+        w0 = _load_words(words_at, block, 0, BLOCKS, WARPS)
+        s0 = _load_scales(scales_at, BLOCKS * 16, half, warp < BLOCKS, TILES)
+    if DEPTH >= 2:
+        w1 = _load_words(words_at, block, WARPS, BLOCKS, WARPS)
+        s1 = _load_scales(scales_at + WARPS * 16, BLOCKS * 16, half, warp + WARPS < BLOCKS, TILES)
+    if DEPTH >= 3:
+        w2 = _load_words(words_at, block, 2 * WARPS, BLOCKS, WARPS)
+        s2 = _load_scales(scales_at + 2 * WARPS * 16, BLOCKS * 16, half, warp + 2 * WARPS < BLOCKS, TILES)
+        w3 = _load_words(words_at, block, 3 * WARPS, BLOCKS, WARPS)
+        s3 = _load_scales(scales_at + 3 * WARPS * 16, BLOCKS * 16, half, warp + 3 * WARPS < BLOCKS, TILES)
+    for step in tl.range(0, BLOCKS, WARPS, num_stages=STAGES):
+        ahead = step + DEPTH * WARPS
+        next_words = _load_words(words_at, block, ahead, BLOCKS, WARPS)
+        next_scales = _load_scales(scales_at + ahead * 16, BLOCKS * 16, half, warp + ahead < BLOCKS, TILES)
+        if DEPTH == 0:
+            w0 = next_words
+            s0 = next_scales
+        words = tl.reshape(w0, (2, TILES, WARPS, 8, 4, 4))
+        sums = tl.zeros([WARPS, TILES * 16, COLUMNS], tl.float32)
+        for i in tl.static_range(4):
+            numbers = halves(pair_of_levels(words, i, dtype, ASSEMBLY), dtype, ASSEMBLY)
+            # The order of the inputs in which no number has to move: [word / 2, chunk, word % 2, half].
+            numbers = tl.reshape(numbers, (2, TILES, WARPS, 8, 4, 2, 4))
+            a = tl.permute(numbers, (2, 1, 0, 3, 5, 4, 6)).reshape(WARPS, TILES * 16, 32)
+            at = x_at + step * 128
+            if i > 0:
+                at += 32 * i
+            at = tl.max_contiguous(at, (1, 4, 8, 32))
+            if INPUTS % (WARPS * 128) == 0:
+                x = tl.load(at)
+            else:
+                x = tl.load(at, mask=step * 128 + 32 * i + x_input < INPUTS, other=0.0)
+            x = tl.reshape(x, (HIGH, WARPS, 8, 4, 2, 4))
+            b = tl.permute(x, (1, 4, 3, 5, 0, 2)).reshape(WARPS, 32, COLUMNS)
+            sums = tl.dot(a, b, sums)
+        total += sums * s0.to(tl.float32)[:, :, None]
+        if DEPTH == 1:
+            w0 = next_words
+            s0 = next_scales
+        elif DEPTH == 2:
+            w0 = w1
+            s0 = s1
+            w1 = next_words
+            s1 = next_scales
+        elif DEPTH == 4:
+            w0 = w1
+            s0 = s1
+            w1 = w2
+            s1 = s2
+            w2 = w3
+            s2 = s3
+            w3 = next_words
+            s3 = next_scales
+    result = tl.sum(total, axis=0)
+    output = first_tile * 16 + tl.arange(0, EACH * 16)
+    if SILU:
+        gate, up = tl.permute(result.reshape(2, EACH * 16, COLUMNS), (1, 2, 0)).split()
+        gate = gate.to(dtype).to(tl.float32)
+        result = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+    if BIAS:
+        result += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    known = (output < outputs)[:, None] & (column < rows)
+    tl.store(out_ptr + column * outputs + output[:, None], result.to(dtype), mask=known)
+
+
+@triton.jit
+def _load_words(at, block, step, BLOCKS: tl.constexpr, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Lanes are to lie along words and rows, warps along blocks: the order of these figures, true or not, says so.
+    at = tl.max_contiguous(at + step * 256, (1, 1, 4, 8, 16))
+    return tl.load(at, mask=step + block < BLOCKS, other=0)
