@@ -10,7 +10,8 @@ import typer
 
 from labkit.bench.cli import bench
 from labkit.errors import UserError
-from labkit.training.cli import distill, evaluate, train
+from labkit.evaluation.cli import evaluate
+from labkit.training.cli import distill, train
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 

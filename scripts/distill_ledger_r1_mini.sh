@@ -35,7 +35,9 @@ for candidate in "${chosen[@]}"; do
     continue
   fi
   $PYTHON -m labkit.cli evaluate "$at/ledger-r1-mini" --device "$DEVICE" --problems "$PROBLEMS" \
-    --result "$at/evaluation.json"
+    --result "$at/evaluation.json" || echo "$name: the evaluation did not end" >&2
+  # what was counted before it failed is there
+  [[ -s $at/evaluation.json ]] || continue
   $PYTHON -m labkit.training.card "$at/ledger-r1-mini" --run "$at/runs" --evaluation "$at/evaluation.json"
   pack "$name"
 done

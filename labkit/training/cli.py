@@ -1,4 +1,4 @@
-"""The commands ``labkit train``, ``labkit distill`` and ``labkit evaluate``."""
+"""The commands ``labkit train`` and ``labkit distill``."""
 
 from __future__ import annotations
 
@@ -213,42 +213,3 @@ def _interruptible(work: Callable[[], Trained], checkpoints: Path) -> None:
     except KeyboardInterrupt:
         print(f"labkit: interrupted; --resume goes on from the newest checkpoint in {checkpoints}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Directory of a ledger model.")],
-    problems: Annotated[int, typer.Option(help="Problems per bucket.")] = 1000,
-    buckets: Annotated[str, typer.Option(help="Buckets, separated by commas.")] = "short,medium,long",
-    seed: Annotated[int, typer.Option(help="Seed of the problems.")] = 0,
-    device: Device = "auto",
-    result: Annotated[Path | None, typer.Option(help="JSON file for the account.")] = None,
-) -> None:
-    """Ask a ledger model unseen problems and count the exactly right answers, with Wilson 95 % intervals.
-
-    labkit evaluate data/models/ledger-r1 --problems 50 --buckets short,medium
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from labkit.training.evaluate import evaluate as run_evaluation
-    from labkit.training.evaluate import table_rows
-    from labkit.training.options import pick_device
-
-    chosen = [bucket.strip() for bucket in buckets.split(",")]
-    account = run_evaluation(
-        model,
-        problems,
-        chosen,
-        seed,
-        pick_device(device),
-        result=result,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    header, *rows = table_rows(account)
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    # a log or a pipe has no width of its own, and figures broken over lines are hard to read
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if result is not None:
-        print(f"written to {result}")

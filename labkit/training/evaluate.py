@@ -29,6 +29,10 @@ _REPORT_EVERY_S = 5.0
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 1_000_000}
 
 
+Answers = Callable[[list[Problem]], Iterator[tuple[Problem, str]]]
+"""Gives each problem of one bucket, in any order, with what a model wrote."""
+
+
 @dataclass(frozen=True)
 class Share:
     """``right`` of ``asked``, and the Wilson 95 % interval of the share."""
@@ -71,28 +75,55 @@ def evaluate(
     model, an unknown bucket, a seed that training draws from, a missing device.
     """
     buckets = list(dict.fromkeys(buckets))
-    _check(problems, buckets, seed, device)
+    check_wishes(problems, buckets, seed)
+    check_device(device)
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     network, tokenizer = read_model(model, device, dtype)
     if result is not None:
         # a place that cannot be written to shows before the work, not after
         result.parent.mkdir(parents=True, exist_ok=True)
+
+    def answers(listed: list[Problem]) -> Iterator[tuple[Problem, str]]:
+        return _answers(network, tokenizer, listed, device)
+
+    account = examine(answers, problems, buckets, seed, facts_of(dtype, device), say)
+    if result is not None:
+        write_atomic(result, json.dumps(account, indent=1) + "\n")
+    return account
+
+
+def facts_of(dtype: torch.dtype, device: str) -> dict[str, object]:
+    """What an account says of how the model was run."""
+    return {"dtype": str(dtype).removeprefix("torch."), "machine": describe_machine(device)}
+
+
+def examine(
+    answers: Answers,
+    problems: int,
+    buckets: list[str],
+    seed: int,
+    facts: dict[str, object],
+    say: Callable[[str], None] = print,
+) -> dict[str, object]:
+    """Asks whatever ``answers``, and returns the account; ``facts`` are put into it.
+
+    ``verdicts`` has of every bucket a character a problem, in order of its index: 1 for right, 0 for wrong.
+    """
     asked = {bucket: [make_problem(seed, index, bucket) for index in range(problems)] for bucket in buckets}
-    progress = _Progress(say, sum(len(problem.prompt) for listed in asked.values() for problem in listed))
+    progress = Progress(say, sum(len(problem.prompt) for listed in asked.values() for problem in listed))
     verdicts: list[tuple[Problem, bool]] = []
     wrong: list[dict[str, object]] = []
     for bucket in buckets:
-        for number, (problem, text) in enumerate(_answers(network, tokenizer, asked[bucket], device), start=1):
+        for number, (problem, text) in enumerate(answers(asked[bucket]), start=1):
             right = is_correct(problem.answer, text)
             verdicts.append((problem, right))
             if not right and len(wrong) < _WRONG_KEPT:
                 wrong.append(_mistake(problem, text))
             progress.add(len(problem.prompt), f"{bucket} {number}/{problems}")
-    account: dict[str, object] = {
+    return {
         "problems": problems,
         "seed": seed,
-        "dtype": str(dtype).removeprefix("torch."),
-        "machine": describe_machine(device),
+        **facts,
         "elapsed_s": round(progress.elapsed(), 1),
         "buckets": {bucket: _account(v for p, v in verdicts if p.bucket == bucket) for bucket in buckets},
         "families": {
@@ -103,10 +134,11 @@ def evaluate(
             for bucket in buckets
         },
         "wrong": wrong,
+        "verdicts": {
+            bucket: "".join("01"[v] for p, v in sorted(verdicts, key=lambda each: each[0].index) if p.bucket == bucket)
+            for bucket in buckets
+        },
     }
-    if result is not None:
-        write_atomic(result, json.dumps(account, indent=1) + "\n")
-    return account
 
 
 def table_rows(account: dict[str, object]) -> list[tuple[str, ...]]:
@@ -128,7 +160,8 @@ def share_text(share: dict[str, float] | None) -> str:
     return f"{share['right']:.0f}/{share['asked']:.0f}  {100 * share['share']:.1f} % ({low:.1f} to {high:.1f})"
 
 
-def _check(problems: int, buckets: list[str], seed: int, device: str) -> None:
+def check_wishes(problems: int, buckets: list[str], seed: int) -> None:
+    """Raises UserError for problems that cannot be asked."""
     if unknown := [bucket for bucket in buckets if bucket not in BUCKETS]:
         raise UserError(f"no bucket {unknown[0]!r}; there are {', '.join(BUCKETS)}")
     if problems < 1:
@@ -137,10 +170,9 @@ def _check(problems: int, buckets: list[str], seed: int, device: str) -> None:
         raise UserError(
             f"--seed must be at least 0 and below {FIRST_TRAINING_SEED}: from there on training draws its documents"
         )
-    check_device(device)
 
 
-class _Progress:
+class Progress:
     """Says every few seconds how far the work is; ``total`` and what is added are prompt sizes, which time follows."""
 
     def __init__(self, say: Callable[[str], None], total: int) -> None:

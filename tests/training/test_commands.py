@@ -66,7 +66,7 @@ def test_a_training_killed_outright_goes_on_with_resume_and_not_without(
         (["train", "--device", "cuda", "--steps", "1"], "no CUDA device"),
         (["train", "--device", "gpu", "--steps", "1"], "no device 'gpu'"),
         (["train", "--steps", "1", "--lr", "7"], "--lr"),
-        (["evaluate", "nowhere"], "no config.json"),
+        (["evaluate", "./nowhere"], "no model directory"),
         (["evaluate", str(MODEL), "--buckets", "short,huge"], "no bucket 'huge'"),
         (["evaluate", str(MODEL), "--problems", "0"], "--problems"),
     ],
