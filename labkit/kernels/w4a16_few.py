@@ -29,24 +29,32 @@ class Few:
 
 def few_triton(x: Tensor, packed: Packed, bias: Tensor | None = None, silu: bool = False) -> Tensor:
     """The product of up to 16 contiguous rows; with ``silu``, silu(first half of the outputs) * the rest."""
-    return launch(x, packed, bias, silu, tuning(len(x), packed, silu))
+    outputs = packed.outputs // 2 if silu else packed.outputs
+    return launch(x, packed, bias, silu, tuning(len(x), outputs, packed.inputs, silu))
 
 
 def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few) -> Tensor:
     rows, inputs = x.shape
     outputs = packed.outputs // 2 if silu else packed.outputs
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    padded = 1 if rows == 1 else 8 if rows <= 8 else 16
     each = cut.tiles // 2 if silu else cut.tiles
     _few[(triton.cdiv(outputs, each * 16),)](
         x, packed.words, packed.scales, bias, out, rows, outputs, INPUTS=inputs, BLOCKS=packed.words.shape[1],
-        BIAS=bias is not None, SILU=silu, ROWS=padded, TILES=cut.tiles, WARPS=cut.warps, DEPTH=cut.depth,
+        BIAS=bias is not None, SILU=silu, ROWS=padded(rows), TILES=cut.tiles, WARPS=cut.warps, DEPTH=cut.depth,
         STAGES=cut.stages, ASSEMBLY=not INTERPRETED, num_warps=cut.warps,
     )  # fmt: skip
     return out
 
 
-def tuning(rows: int, packed: Packed, silu: bool) -> Few:
+def padded(rows: int) -> int:
+    """The rows that the tensor cores multiply; 1 of them only counts as 8."""
+    return 1 if rows == 1 else 8 if rows <= 8 else 16
+
+
+def tuning(rows: int, outputs: int, inputs: int, silu: bool) -> Few:
+    """By the tile of rows; with a gate, ``outputs`` are those after it."""
+    if padded(rows) == 16:
+        return Few(2, 8, 1)
     return Few(2 if silu else 1, 4, 2)
 
 
@@ -229,3 +237,28 @@ def _load_words(at, block, step, BLOCKS: tl.constexpr, WARPS: tl.constexpr):  # 
     # Lanes are to lie along words and rows, warps along blocks: the order of these figures, true or not, says so.
     at = tl.max_contiguous(at + step * 256, (1, 1, 4, 8, 16))
     return tl.load(at, mask=step + block < BLOCKS, other=0)
+
+
+def _case(rows: int, outputs: int, inputs: int, silu: bool = False) -> CompileCase:
+    cut = tuning(rows, outputs, inputs, silu)
+    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*fp16", "out_ptr": "*bf16", "outputs": "i32:16"}
+    types |= {} if rows == 1 else {"rows": "i32"}
+    constants: dict[str, Any] = {"INPUTS": inputs, "BLOCKS": inputs // 128, "BIAS": False, "SILU": silu}
+    constants |= {"ROWS": padded(rows), "TILES": cut.tiles, "WARPS": cut.warps, "DEPTH": cut.depth}
+    constants |= {"STAGES": cut.stages, "ASSEMBLY": True, "bias_ptr": None} | ({"rows": 1} if rows == 1 else {})
+    name = f"w4a16 {rows} rows {inputs} -> {outputs}{' silu' if silu else ''}"
+    return CompileCase(name, _few, types, constants, num_warps=cut.warps)
+
+
+COMPILE_CASES = [
+    _case(1, 8192, 8192),
+    _case(1, 2048, 1536),
+    _case(1, 17920 // 2, 1536, silu=True),
+    _case(1, 1536, 8960),
+    _case(1, 37888 // 2, 3584, silu=True),
+    _case(1, 3584, 18944),
+    _case(8, 8192, 8192),
+    _case(16, 8192, 8192),
+    _case(16, 4096, 4096),
+    _case(16, 37888 // 2, 3584, silu=True),
+]

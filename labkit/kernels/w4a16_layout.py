@@ -1,9 +1,9 @@
 """4-bit weights as the kernels read them: made from a GPTQ checkpoint once, when a model is loaded.
 
-A tile is 16 outputs x 128 inputs in 1 KiB that lie together: [16 outputs, 4 chunks, 4 words] int32. Half ``h`` (16 bits)
-of word ``j`` of chunk ``c`` holds the levels of inputs ``32 i + 8 c + 2 j + h`` in its bits ``4 i``, i = 0 to 3. So a
-thread that reads a chunk, 16 bytes, finds the levels of 8 inputs that follow each other, two at a time where a pair of
-16-bit numbers belongs, and needs no neighbour to multiply them: ``(word >> 4 i) & 0x000f000f`` is such a pair.
+A tile is 16 outputs x 128 inputs in 1 KiB that lie together: int32 [16 outputs, 4 chunks, 4 words]. Half ``h`` (16
+bits) of word ``j`` of chunk ``c`` holds the levels of inputs ``32 i + 8 c + 2 j + h`` in its bits ``4 i``, i = 0 to 3.
+So ``(word >> 4 i) & 0x000f000f`` is a pair of levels where a pair of 16-bit numbers belongs, a chunk holds 4 times 8
+inputs that follow each other, and no thread needs what another read.
 
 Outputs are filled up to a multiple of 16 and inputs to one of 128, with weights of 0.
 """
@@ -41,12 +41,9 @@ class Packed:
     """The dequantised weight [outputs, inputs], where it is kept beside: the CPU's path."""
 
     def to(self, device: torch.device | str) -> Packed:
-        moved = {
-            name: tensor.to(device)
-            for name in ("words", "scales", "zeros", "weight")
-            if isinstance(tensor := getattr(self, name), Tensor)
-        }
-        return replace(self, **moved)
+        words, scales = self.words.to(device), self.scales.to(device)
+        zeros, weight = (None if each is None else each.to(device) for each in (self.zeros, self.weight))
+        return replace(self, words=words, scales=scales, zeros=zeros, weight=weight)
 
     def keep_weight(self, dtype: torch.dtype) -> Packed:
         """With the dequantised weight beside: for a CPU, where unpacking for every product would be slower."""

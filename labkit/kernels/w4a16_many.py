@@ -33,10 +33,10 @@ class Many:
 
 def many_triton(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """The product of contiguous rows; the inputs fill their tiles."""
-    return launch(x, packed, bias, tuning(len(x), packed))
+    return launch(x, packed, bias, tuning(len(x), packed.outputs, packed.inputs))
 
 
-def tuning(rows: int, packed: Packed) -> Many:
+def tuning(rows: int, outputs: int, inputs: int) -> Many:
     return Many(4, 128, 1, 4, 4) if rows > 64 else Many(8, 64, 1, 8, 4)
 
 
@@ -63,11 +63,15 @@ def dequantize_triton(packed: Packed, dtype: torch.dtype) -> Tensor:
     """``w4a16_layout.dequantize``, but with the scales rounded to the dtype first. The inputs fill their tiles."""
     out = torch.empty((packed.outputs, packed.inputs), dtype=dtype, device=packed.words.device)
     blocks = packed.words.shape[1]
-    per = 8 if blocks % 8 == 0 else 4 if blocks % 4 == 0 else 1
+    per = _per(blocks)
     _dequantize[(packed.words.shape[0], blocks // per)](
         packed.words, packed.scales, out, packed.outputs, BLOCKS=blocks, PER=per, ASSEMBLY=not INTERPRETED, num_warps=4
     )
     return out
+
+
+def _per(blocks: int) -> int:
+    return 8 if blocks % 8 == 0 else 4 if blocks % 4 == 0 else 1
 
 
 @triton.jit
@@ -193,4 +197,32 @@ def _dequantize(  # type: ignore[no-untyped-def]
     tl.store(at, weight, mask=output < outputs)
 
 
-COMPILE_CASES: list[CompileCase] = []
+def _case(rows: int, outputs: int, inputs: int) -> CompileCase:
+    cut = tuning(rows, outputs, inputs)
+    types = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*fp16", "outputs": "i32:16", "rows": "i32:16"}
+    types |= {"out_ptr": "*bf16" if cut.splits == 1 else "*fp32"}
+    constants: dict[str, Any] = {"INPUTS": inputs, "BLOCKS": inputs // 128, "LAST_TILE": outputs // 16 - 1}
+    constants |= {"BIAS": False, "ROWS": cut.rows, "TILES": cut.tiles, "SPLITS": cut.splits, "STAGES": cut.stages}
+    constants |= {"ASSEMBLY": True, "bias_ptr": None}
+    return CompileCase(f"w4a16 {rows} rows {inputs} -> {outputs}", _many, types, constants, cut.warps, hgmma=True)
+
+
+def _dequantize_case(inputs: int) -> CompileCase:
+    types = {"words_ptr": "*i32", "scales_ptr": "*fp16", "out_ptr": "*bf16", "outputs": "i32:16"}
+    return CompileCase(
+        f"dequantise {inputs}",
+        _dequantize,
+        types,
+        {"BLOCKS": inputs // 128, "PER": _per(inputs // 128), "ASSEMBLY": True},
+    )
+
+
+COMPILE_CASES = [
+    _case(32, 4096, 4096),
+    _case(64, 8192, 8192),
+    _case(64, 3584, 18944),
+    _case(256, 4096, 4096),
+    _case(256, 17920, 1536),
+    _case(128, 8192, 8192),
+    _dequantize_case(8192),
+]

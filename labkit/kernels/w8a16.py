@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,4 +166,15 @@ def _some(  # type: ignore[no-untyped-def]
     tl.store(at, sums.to(dtype), mask=known_output & (row < rows)[None, :])
 
 
-COMPILE_CASES: list[CompileCase] = []
+def _case(rows: int, outputs: int, inputs: int) -> CompileCase:
+    cut = tuning(rows, inputs)
+    types = {"x_ptr": "*bf16", "weight_ptr": "*i8", "scale_ptr": "*fp32", "out_ptr": "*bf16", "outputs": "i32:16"}
+    constants: dict[str, Any] = {"INPUTS": inputs, "BIAS": False, "OUT": cut.outputs, "IN": cut.inputs}
+    constants |= {"STAGES": cut.stages, "bias_ptr": None}
+    name = f"w8a16 {rows} rows {inputs} -> {outputs}"
+    if isinstance(cut, One):
+        return CompileCase(name, _one, types, constants, cut.warps)
+    return CompileCase(name, _some, types | {"rows": "i32:16"}, constants | {"ROWS": cut.rows}, cut.warps, hgmma=True)
+
+
+COMPILE_CASES = [_case(rows, 152064, 3584) for rows in (1, 16, 64, 256)] + [_case(1, 151936, 1536)]

@@ -1,0 +1,60 @@
+"""8-bit linear layers against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from labkit.kernels import w8a16
+from labkit.kernels.w8a16 import One, Some, pack_int8, w8a16_linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).to(DEVICE)
+
+
+def right(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    wide = weight.cpu().double().numpy() * scale.cpu().double().numpy()[:, None]
+    return torch.from_numpy(x.cpu().double().numpy() @ wide.T + bias.cpu().double().numpy()).to(DEVICE)
+
+
+def test_a_weight_is_kept_to_half_a_level() -> None:
+    weight = random(5000, 40)
+    weight[7] = 0
+    levels, scale = pack_int8(weight)
+    assert levels.dtype == torch.int8 and int(levels.abs().max()) == 127
+    assert ((levels * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_op_is_a_linear_layer(dtype: torch.dtype) -> None:
+    x, bias = random(5, 96, seed=1).to(dtype), random(37, seed=2).to(dtype)
+    levels, scale = pack_int8(random(37, 96))
+    found, expected = w8a16_linear(x, levels, scale, bias).double(), right(x, levels, scale, bias)
+    assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 2e-3) * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "rows, outputs, inputs, cut",
+    [
+        (1, 7, 512, One(2, 512, 2, 1)),
+        (1, 5, 1100, One(4, 512, 2, 3)),
+        (3, 70, 384, Some(64, 16, 128, 4, 3)),
+        (40, 130, 200, Some(64, 32, 64, 4, 3)),
+    ],
+    ids=str,
+)
+def test_the_kernels(rows: int, outputs: int, inputs: int, cut: One | Some) -> None:
+    x, bias = random(rows, inputs, seed=1).half(), random(outputs, seed=2).half()
+    levels, scale = pack_int8(random(outputs, inputs))
+    found, expected = w8a16.launch(x, levels, scale, bias, cut).double(), right(x, levels, scale, bias)
+    assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+
+def test_every_number_of_rows_has_a_cut() -> None:
+    for rows in range(1, w8a16.MOST_ROWS + 1):
+        cut = w8a16.tuning(rows, 1536)
+        assert isinstance(cut, One) == (rows == 1) and cut.warps in (2, 4, 8)
