@@ -12,13 +12,15 @@ from labkit.bench.engine import ENGINE_WORKLOADS, OURS, EngineBench, Options
 from labkit.bench.operators import Case, run_case
 from labkit.bench.peers import PEERS, free
 from labkit.bench.rows import keeping
+from labkit.bench.training import measure_training
 from labkit.errors import UserError
 from labkit.experiments.provenance import machine, versions
 from labkit.experiments.store import Run, RunStore
 from labkit.runner.runner import DTYPES, torch_device
 
-KERNEL_WORKLOADS = ("attention", "elementwise")
-WORKLOADS = (*ENGINE_WORKLOADS, *KERNEL_WORKLOADS)
+KERNEL_WORKLOADS = ("attention", "elementwise", "linear")
+TRAINING = "training"
+WORKLOADS = (*ENGINE_WORKLOADS, *KERNEL_WORKLOADS, TRAINING)
 
 
 def bench(options: Options, store: RunStore, say: Callable[[str], None], only: Sequence[str] = ()) -> Run:
@@ -44,6 +46,8 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
     with keeping(store, facts) as (book, made):
         if any(name in ENGINE_WORKLOADS for name in options.workloads):
             EngineBench(options, ceilings, book, say).run()
+        if TRAINING in options.workloads:
+            measure_training(device, book, say, only, options.repeat)
         cases = [case for name in options.workloads for case in _cases(name, device, dtype)]
         wanted = [case for case in cases if not only or any(word in f"{case.workload}, {case.size}" for word in only)]
         if not options.peers:
@@ -96,6 +100,8 @@ def _cases(name: str, device: Any, dtype: Any) -> list[Any]:
         from labkit.bench.attention import cases
     elif name == "elementwise":
         from labkit.bench.elementwise import cases
+    elif name == "linear":
+        from labkit.bench.linear import cases
     else:
         return []
     return cases(device, dtype)

@@ -93,7 +93,7 @@ def join(parts: Sequence[Packed]) -> Packed:
         words, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("words", "scales"))
         joined = Packed(words, scales, None, outputs, first.inputs, first.group)
     else:
-        levels = torch.cat([_levels(part) for part in parts])
+        levels = torch.cat([unpack_levels(part) for part in parts])
         scales, zeros = (torch.cat([_by_group(part, name) for part in parts], dim=1) for name in ("scales", "zeros"))
         joined = pack_levels(levels, scales, None if bool((zeros == ZERO).all()) else zeros, first.group)
     weights = [part.weight for part in parts if part.weight is not None]
@@ -102,7 +102,9 @@ def join(parts: Sequence[Packed]) -> Packed:
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight [outputs, inputs], computed in float32 and rounded once."""
-    return _scaled(_levels(packed).T, _by_group(packed, "scales"), _by_group(packed, "zeros"), packed.group, dtype)
+    return _scaled(
+        unpack_levels(packed).T, _by_group(packed, "scales"), _by_group(packed, "zeros"), packed.group, dtype
+    )
 
 
 def dequantize_checkpoint(
@@ -146,7 +148,7 @@ def _words(levels: Tensor) -> Tensor:
     return packed.squeeze(-1)
 
 
-def _levels(packed: Packed) -> Tensor:
+def unpack_levels(packed: Packed) -> Tensor:
     """uint8 [outputs, inputs]: the inverse of ``_words``."""
     rows, columns = packed.words.shape[:2]
     halves = packed.words.unsqueeze(-1).view(torch.uint8)

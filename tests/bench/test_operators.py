@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from labkit.bench import attention, elementwise
+from labkit.bench import attention, elementwise, linear
 from labkit.bench.ceilings import Ceilings
 from labkit.bench.operators import Case, run_case
 from labkit.bench.rows import Row
@@ -66,7 +66,7 @@ def test_who_is_known_to_round_more_may():
     assert all(row.figures for row in rows_of(rough))
 
 
-@pytest.mark.parametrize("cases", [attention.cases, elementwise.cases])
+@pytest.mark.parametrize("cases", [attention.cases, elementwise.cases, linear.cases])
 def test_the_kernels_agree_with_their_references(cases):
     """In the small sizes of a CPU, where the kernels' own references stand in for them."""
     for each in cases(CPU, torch.float32):
