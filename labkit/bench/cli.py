@@ -16,7 +16,9 @@ SHAPES = Path(__file__).resolve().parent.parent.parent / "data" / "shapes"
 def bench(
     workloads: Annotated[
         list[str] | None,
-        typer.Argument(help="throughput, mix, decode, users, attention, elementwise, linear, training; one or several."),
+        typer.Argument(
+            help="throughput, mix, decode, users, attention, elementwise, linear, training; one or several."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory; absent: the shipped model.")] = None,
     random_weights: Annotated[
@@ -39,7 +41,8 @@ def bench(
         str, typer.Option(help="all that are installed, none (kernels too), or names with commas.")
     ] = "all",
     only: Annotated[
-        list[str] | None, typer.Option(help="attention, elementwise, linear, training: only cases with this in their name.")
+        list[str] | None,
+        typer.Option(help="attention, elementwise, linear, training: only cases with this in their name."),
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also print the dearest kernels of each workload.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -60,12 +60,12 @@ class Stepper:
         """bf16 autocast where asked for."""
         return torch.autocast(torch.device(self.options.device).type, torch.bfloat16, enabled=self.options.autocast)
 
-    def compile(self, say: Callable[[str], None]) -> None:
-        """Compiles every shape before the first step; if the compiler fails, the training goes on without it."""
+    def compile(self, say: Callable[[str], None], buckets: Sequence[str] = BUCKETS) -> None:
+        """Compiles for documents of ``buckets`` before the first step; if that fails, the training goes on without."""
         self._loss = torch.compile(self._objective.loss, dynamic=False)
         began = time.monotonic()
         try:
-            for bucket in BUCKETS:
+            for bucket in buckets:
                 shape = (rows_of(self.options, bucket), LENGTHS[bucket])
                 ids = torch.zeros(shape, dtype=torch.int64, device=self.options.device)
                 weights = torch.ones(shape, dtype=torch.uint8, device=self.options.device)

@@ -127,6 +127,32 @@ def test_micro_batches_of_a_step_add_up_to_one_large_batch(tmp_path: Path) -> No
     torch.testing.assert_close((total, norm), (mean.detach(), expected), rtol=1e-4, atol=1e-5)
 
 
+def test_how_adamw_is_carried_out_and_what_is_recomputed_may_change_between_sittings(tmp_path: Path) -> None:
+    """None of it changes what is learnt, so a training may go on with less memory or another AdamW."""
+    places = (tmp_path / "c", tmp_path / "runs")
+    train(replace(TINY, steps=6), tmp_path / "whole", tmp_path / "d", tmp_path / "runs", say=lambda line: None)
+    for steps, optimizer, checkpointing in ((2, "fused", "none"), (4, "loop", "all"), (6, "foreach", "half")):
+        options = replace(TINY, steps=steps, optimizer=optimizer, checkpointing=checkpointing)
+        train(options, tmp_path / "parts", *places, resume=True, say=lambda line: None)
+    # the cosine follows the steps, of which the first sittings have fewer, so the weights are near, not the same
+    whole = weights(tmp_path / "whole")
+    parts = weights(tmp_path / "parts")
+    assert all((value.float() - parts[name].float()).abs().max() < 0.02 for name, value in whole.items())
+
+
+@pytest.mark.parametrize("optimizer", ["foreach", "loop"])
+def test_every_adamw_takes_the_same_steps(optimizer: str) -> None:
+    table = piece_table(train_tokenizer())
+    batches = [make_batch(table, 1, "short", counter, 1) for counter in range(3)]
+    found = []
+    for kind in ("fused", optimizer):
+        stepper = Stepper(Network(TINY.shape, 1), replace(TINY, optimizer=kind))
+        for batch in batches:
+            stepper.step([batch], 1e-2)
+        found.append(torch.cat([parameter.detach().flatten() for parameter in stepper.network.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 def test_documents_from_processes_train_the_same_model(tmp_path: Path) -> None:
     few = replace(TINY, steps=2)
     train(few, tmp_path / "here", tmp_path / "c", tmp_path / "runs", say=lambda line: None)
@@ -224,7 +250,13 @@ def test_the_article_preset_is_the_articles_recipe() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"steps": 0}, "--steps"), ({}, "--max-seconds"), ({"steps": 1, "schedule": "x"}, "--schedule")],
+    [
+        ({"steps": 0}, "--steps"),
+        ({}, "--max-seconds"),
+        ({"steps": 1, "schedule": "x"}, "--schedule"),
+        ({"steps": 1, "optimizer": "sgd"}, "--optimizer"),
+        ({"steps": 1, "checkpointing": "some"}, "--checkpointing"),
+    ],
 )
 def test_impossible_options_are_named(changes: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
