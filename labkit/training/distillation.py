@@ -176,14 +176,17 @@ class Distillation:
         stop = teacher.tokenizer.token_to_id(TURN_END)
         assert stop is not None, "the tokenizer is that of the ledger task"
         self._stop = stop
+        # on the device from the start: a scalar sent in every step would have the host wait for it
+        self._hard = torch.tensor(options.hard, device=next(network.parameters()).device)
+        self._none = torch.zeros_like(self._hard)
 
     def inputs(self, ids: Tensor, weights: Tensor, key: str | None) -> tuple[Tensor, ...]:
         """Documents, weights and how much right tokens count: of completions that the student writes there are none."""
-        hard = self._options.hard
+        hard = self._hard
         if key is not None and random.Random(f"on-policy/{self._seed}/{key}").random() < self._options.on_policy:
             ids, weights = written_by(self._student, ids, weights, self._stop)
-            hard = 0.0
-        return ids, weights, torch.tensor(hard, device=ids.device)
+            hard = self._none
+        return ids, weights, hard
 
     def loss(self, ids: Tensor, weights: Tensor, hard: Tensor) -> Tensor:
         """Float32 scalar, nats; teacher and student in one pass."""
