@@ -26,6 +26,13 @@ class Deployment:
     dtype: Literal["float32", "bfloat16"] = "float32"
     random_weights: bool = False
     """Whether the weights are made up, so that the speed of a shape can be measured where its weights cannot be had."""
+    quantization: Literal["none", "int4"] = "none"
+    """``int4`` rounds the weights of the linear maps to the nearest of 4 bits when they are loaded, in groups of 128
+    inputs that share a scale, or of 64 or 32 where those alone divide (``labkit`` engine only). A checkpoint that is
+    quantised already, in GPTQ format, is recognised and takes ``none``."""
+    int8_head: bool = False
+    """Whether the output head's weights are rounded to 8 bits, with a scale for each token of the vocabulary
+    (``labkit`` engine only)."""
     attention: Literal["eager", "sdpa", "triton"] = "triton"
     """``eager`` materialises the scores (``transformers`` engine only), ``sdpa`` is PyTorch's fused kernels, ``triton``
     this project's kernels, which read the paged KV cache where it lies (on CUDA; elsewhere the same as ``sdpa``)."""
@@ -85,6 +92,8 @@ class Deployment:
             raise ValueError("the transformers engine batches statically; batching must be 'static'")
         if self.engine == "transformers" and self.tensor_parallel != 1:
             raise ValueError("tensor_parallel belongs to the labkit engine")
+        if self.engine == "transformers" and (self.quantization != "none" or self.int8_head):
+            raise ValueError("quantization and int8_head belong to the labkit engine")
 
     @classmethod
     def as_first_deployed(cls, model: str = SHIPPED_MODEL, **knobs: Any) -> Deployment:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from labkit.kernels.linear import linear
 from labkit.kernels.metadata import AttentionMetadata
+from labkit.kernels.w8a16 import pack_int8, w8a16_linear
 from labkit.models.attention import GroupedAttention
 from labkit.models.experts import Experts
 from labkit.models.latent import LatentAttention
@@ -31,6 +32,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(self.shape, parallel, i) for i in range(shape.layers))
         self.norm = Norm(shape.hidden_size, shape.norm_eps)
         self.head = self.embed if shape.tied else nn.Parameter(torch.empty(shape.vocab_size, shape.hidden_size))
+        self.int8_head: tuple[Tensor, Tensor] | None = None
         # Of labkit.kernels.rope.RopeTable; computed when the weights are loaded.
         self.register_buffer("cos_sin", torch.empty(shape.max_positions, shape.rotary_dim), persistent=False)
 
@@ -48,8 +50,18 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden] as ``forward`` returns it; returns [rows, vocab], in float32 on the CPU and in the
         weights' dtype on CUDA."""
-        logits = linear(hidden, self.head)
+        logits = linear(hidden, self.head) if self.int8_head is None else w8a16_linear(hidden, *self.int8_head)
         return logits if logits.is_cuda else logits.float()
+
+    def round_head(self) -> None:
+        """From here on logits come from a head in 8 bits with a scale a row; the embedding stays as it is."""
+        levels, scale = pack_int8(self.head)
+        if levels.is_cuda:
+            self.int8_head = levels, scale
+            if not self.shape.tied:
+                del self.head
+        else:  # a CPU would take longer to multiply it out for every product than to read it
+            self.head = nn.Parameter((levels.float() * scale[:, None]).to(self.head.dtype), requires_grad=False)
 
 
 class Layer(nn.Module):

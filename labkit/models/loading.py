@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,12 +14,25 @@ from labkit.errors import UserError
 from labkit.kernels.rope import RopeTable
 from labkit.models.decoder import Decoder, Layer
 from labkit.models.parallel import Parallel
+from labkit.models.quantized import (
+    SUFFIXES,
+    Quantization,
+    QuantizedLinear,
+    is_quantized,
+    is_zero,
+    pack_rounded,
+    quantize_linears,
+    read_dequantized,
+    read_packed,
+    stem_of,
+)
 from labkit.models.shape import ARCHITECTURES, ModelShape
 from labkit.models.tensors import TensorFiles, read_json, weight_files
 from labkit.models.weights import Place, checkpoint_places, may_be_ignored, random_tensors
 
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 ALONE = Parallel()
+Target = Tensor | QuantizedLinear
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -76,22 +90,32 @@ def load_model(
     dtype: torch.dtype,
     parallel: Parallel = ALONE,
     random_weights: bool = False,
+    quantization: str = "none",
+    int8_head: bool = False,
 ) -> Decoder:
     """The model, or this rank's part of it, with its weights on ``device`` in ``dtype``, for inference only.
 
-    With ``random_weights`` they are made up, the same every time, and none are looked for. Raises UserError when
-    tensors are missing, unexpected or of the wrong shape, when there are no safetensors, and where the model cannot be
-    split over the ranks.
+    With ``random_weights`` they are made up, the same every time, and none are looked for. ``quantization`` and
+    ``int8_head`` as in a Deployment. Raises UserError when tensors are missing, unexpected or of the wrong shape, when
+    there are no safetensors, where the model cannot be split over the ranks, and for a quantised checkpoint that is to
+    be quantised or made up.
     """
     shape = checkpoint.shape
-    model = _empty_model(shape, device, dtype, parallel)
+    if shape.quantization and (quantization != "none" or random_weights):
+        raise UserError(
+            f"{checkpoint.path} is quantised already; leave out random_weights and quantization, or give the model "
+            "it was made from"
+        )
     places = checkpoint_places(shape, parallel)
-    targets = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    model = _empty_model(shape, device, dtype, parallel, _unquantized(checkpoint, places, quantization))
+    targets = parameter_targets(model)
     if random_weights:
         for name, tensor in random_tensors(places, device, dtype):
-            _fill(targets, places[name], tensor[places[name].part])
+            _fill(targets, name, places[name], tensor[places[name].part])
     else:
         read_weights(checkpoint, targets, places, parallel)
+    if int8_head:
+        model.round_head()
     return model
 
 
@@ -102,36 +126,73 @@ def empty_layer(shape: ModelShape, index: int, device: torch.device, dtype: torc
     return _on_device(layer, device, dtype)
 
 
+def parameter_targets(module: nn.Module) -> dict[str, Target]:
+    """The name of each parameter and buffer, and of each weight in 4 bits -> what ``read_weights`` fills."""
+    quantized = {f"{name}.weight": part for name, part in module.named_modules() if isinstance(part, QuantizedLinear)}
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers()) | quantized
+
+
 def read_weights(
-    checkpoint: Checkpoint, targets: dict[str, Tensor], places: dict[str, Place], parallel: Parallel = ALONE
+    checkpoint: Checkpoint, targets: Mapping[str, Target], places: dict[str, Place], parallel: Parallel = ALONE
 ) -> None:
     """Fills ``targets``, by the names in a Decoder, with the tensors that ``places`` names, and reads no others.
 
-    ``places``: all or some of ``checkpoint_places(checkpoint.shape, parallel)``, such as one layer's. Raises UserError
-    when tensors are missing or of the wrong shape, and when the checkpoint holds one that no model of its shape has.
+    ``places``: all or some of ``checkpoint_places(checkpoint.shape, parallel)``, such as one layer's. Weights in levels
+    are multiplied out unless their target is a QuantizedLinear, which rounds those of 16 or 32 bits. Raises UserError
+    when tensors are missing or do not fit the config, and when the checkpoint holds one that no such model has.
     """
+    quantization = checkpoint.shape.quantization
     with TensorFiles(checkpoint.path) as files:
         _refuse_unexpected(files, checkpoint.shape, parallel)
-        missing = [name for name in places if name not in files]
+        missing = [name for name in places if name not in files and not (quantization and is_quantized(name, files))]
         if missing:
             raise UserError(f"{checkpoint.path} lacks {len(missing)} tensors, such as {missing[0]}; fetch it again")
         for name in files.names:
             if place := places.get(name):
                 _check_shape(name, files.shape(name), place)
-                _fill(targets, place, files.part(name, place.part))
+                _fill(targets, name, place, files.part(name, place.part))
+        for name in (name for name in places if name not in files):
+            assert quantization
+            _fill_quantized(targets, name, places[name], files, quantization)
+
+
+def _unquantized(checkpoint: Checkpoint, places: dict[str, Place], quantization: str) -> set[str] | None:
+    """The parameters that are not to be in 4 bits although linear maps are: of those in a checkpoint that is quantised,
+    the ones of which it holds a part in 16 or 32 bits. None where no linear map is to be."""
+    if quantization == "int4":
+        return set()
+    if checkpoint.shape.quantization is None or checkpoint.shape.quantization.bits != 4:
+        return None
+    with TensorFiles(checkpoint.path) as files:
+        return {place.parameter for name, place in places.items() if not is_quantized(name, files)}
 
 
 def _refuse_unexpected(files: TensorFiles, shape: ModelShape, parallel: Parallel) -> None:
     places = checkpoint_places(shape, parallel)
+    known = set(places)
+    if shape.quantization:
+        stems = [stem_of(name) for name in places if is_quantized(name, files)]
+        known |= {stem + suffix for stem in stems for suffix in SUFFIXES}
+        # Some writers add a bias of zeros to every linear map.
+        known |= {bias for stem in stems if is_zero(bias := f"{stem}.bias", files)}
     for name in files.names:
-        if name not in places and not may_be_ignored(name, shape, parallel):
+        if name not in known and not may_be_ignored(name, shape, parallel):
             raise UserError(f"{files.path} holds an unexpected tensor {name}; is config.json of another model?")
 
 
-def _empty_model(shape: ModelShape, device: torch.device, dtype: torch.dtype, parallel: Parallel) -> Decoder:
-    """The model with parameters that hold whatever the memory held, and its table of rotary angles."""
+def _empty_model(
+    shape: ModelShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    parallel: Parallel,
+    unquantized: set[str] | None,
+) -> Decoder:
+    """The model with parameters that hold whatever the memory held, and its table of rotary angles. ``unquantized`` as
+    of the function of this name."""
     with torch.device("meta"):
         model = Decoder(shape, parallel)
+    if unquantized is not None:
+        quantize_linears(model, unquantized, device, dtype)
     _on_device(model, device, dtype)
     if shape.tied:  # to_empty gives each its own storage
         model.head = model.embed
@@ -152,12 +213,26 @@ def _check_shape(name: str, found: list[int], place: Place) -> None:
         raise UserError(f"tensor {name} is {found}, config.json makes it {list(place.shape)}")
 
 
-def _fill(targets: dict[str, Tensor], place: Place, part: Tensor) -> None:
-    """Copies this rank's part of a checkpoint's tensor to its place."""
-    target = targets[place.parameter].data
+def _fill(targets: Mapping[str, Target], name: str, place: Place, part: Tensor) -> None:
+    """Puts this rank's part of the checkpoint's tensor ``name`` in its place."""
+    target = targets[place.parameter]
+    if isinstance(target, QuantizedLinear):
+        target.take(place.first, pack_rounded(name, part.to(target.device), place))
+        return
+    target = target.data
     if place.expert is not None:
         target = target[place.expert]
     target[place.first : place.first + len(part)].copy_(part)
+
+
+def _fill_quantized(
+    targets: Mapping[str, Target], name: str, place: Place, files: TensorFiles, quantization: Quantization
+) -> None:
+    target = targets[place.parameter]
+    if isinstance(target, QuantizedLinear):
+        target.take(place.first, read_packed(files, name, place, quantization, target.device))
+    else:
+        _fill(targets, name, place, read_dequantized(files, name, place, quantization, target.device, target.dtype))
 
 
 def load_model_for_generate(

@@ -60,6 +60,46 @@ class ExpertsShape:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a GPTQ checkpoint stores its linear maps."""
+
+    bits: int
+    """4 or 8."""
+    group_size: int
+    """Inputs that share a scale, a multiple of 32; -1: all."""
+    zero_stored_less_one: bool = True
+    """Format v1; not so v2."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> Quantization:
+        """From ``quantization_config`` of a config.json. Raises UserError naming the field that cannot be read."""
+        config = config if isinstance(config, Mapping) else {}
+        method = config.get("quant_method")
+        if method != "gptq":
+            raise UserError(
+                f"quantised weights ({method or 'quantization_config'}) are not supported; give the model in GPTQ "
+                "format, or in 16 or 32 bits"
+            )
+        form = config.get("checkpoint_format") or config.get("format") or "gptq"
+        bits, group_size = config.get("bits"), config.get("group_size", -1)
+        if form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+            raise _refusal("checkpoint_format", "marlin" if config.get("is_marlin_format") else form, "gptq, gptq_v2")
+        if bits not in (4, 8):
+            raise _refusal("bits", bits, "4, 8")
+        if not isinstance(group_size, int) or (group_size != -1 and (group_size < 32 or group_size % 32)):
+            raise _refusal("group_size", group_size, "multiples of 32, and -1")
+        if not config.get("sym", True):
+            raise _refusal("sym", False, "true")
+        if config.get("pack_dtype", "int32") != "int32":
+            raise _refusal("pack_dtype", config["pack_dtype"], "int32")
+        return cls(bits, group_size, form == "gptq")
+
+    def group(self, inputs: int) -> int:
+        """The number of inputs that share a scale in a linear map of this many."""
+        return inputs if self.group_size == -1 else self.group_size
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What the layers of a model look like. Of a model that is split over ranks, ``Parallel.share`` gives one part."""
 
@@ -85,6 +125,8 @@ class ModelShape:
     experts: ExpertsShape | None = None
     extra_layers: int = 0
     """Layers past the last that a checkpoint may hold for predicting more tokens; they are not loaded."""
+    quantization: Quantization | None = None
+    """How the checkpoint stores its linear maps; None: as they are, in 16 or 32 bits."""
 
     @property
     def rotary_dim(self) -> int:
@@ -123,6 +165,7 @@ class ModelShape:
         _refuse_variants(config)
         latent = _latent(config) if kind in ("deepseek_v2", "deepseek_v3") else None
         attention_bias = bool(getattr(config, "attention_bias", False))
+        quantization = getattr(config, "quantization_config", None)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             vocab_size=config.vocab_size,
@@ -142,7 +185,12 @@ class ModelShape:
             latent=latent,
             experts=_experts(config) if latent else None,
             extra_layers=getattr(config, "num_nextn_predict_layers", None) or 0,
+            quantization=Quantization.from_config(quantization) if quantization else None,
         )
+
+
+def _refusal(field: str, value: object, supported: str) -> UserError:
+    return UserError(f"GPTQ weights with {field} {value!r} are not supported; supported are: {supported}")
 
 
 def _refuse_variants(config: Any) -> None:
@@ -158,10 +206,6 @@ def _refuse_variants(config: Any) -> None:
         raise UserError(f"activation {config.hidden_act!r} is not supported; only 'silu' is")
     if getattr(config, "mlp_bias", False):
         raise UserError("biases of the MLP (mlp_bias) are not supported")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise UserError(f"quantised weights ({method or 'quantization_config'}) are not supported; convert to bfloat16")
 
 
 def _latent(config: Any) -> LatentShape:

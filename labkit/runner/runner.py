@@ -75,7 +75,15 @@ class Runner:
         self.block_size = deployment.kv_block_size
         self.deployment = deployment
         self._graphs = GraphPool(captured_sizes(deployment, self.device, chunks=checkpoint.shape.latent is None))
-        self.model = load_model(checkpoint, self.device, dtype, parallel, deployment.random_weights)
+        self.model = load_model(
+            checkpoint,
+            self.device,
+            dtype,
+            parallel,
+            deployment.random_weights,
+            deployment.quantization,
+            deployment.int8_head,
+        )
         shape = self.model.shape
         context = min(shape.max_positions, deployment.max_context or shape.max_positions)
         blocks = deployment.kv_blocks

@@ -132,7 +132,17 @@ class Case:
 @pytest.fixture(scope="session")
 def drive() -> ModuleType:
     """The module drive.py beside this file, which pytest would not find by its name."""
-    spec = importlib.util.spec_from_file_location("labkit_tests_drive", Path(__file__).with_name("drive.py"))
+    return _beside("drive")
+
+
+@pytest.fixture(scope="session")
+def gptq() -> ModuleType:
+    """The module gptq.py."""
+    return _beside("gptq")
+
+
+def _beside(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"labkit_tests_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -144,6 +154,12 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]
     """A function that gives the case of one of FAMILIES by name, saved in several shards; the same one every time."""
     folder = tmp_path_factory.mktemp("families")
     return cache(lambda name: build_case(name, folder / name))
+
+
+@pytest.fixture(scope="session")
+def read_case() -> Callable[[Path], Case]:
+    """A function that gives the case of a checkpoint."""
+    return case_of
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -160,7 +176,13 @@ def build_case(name: str, path: Path) -> Case:
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
     spread(model)
     model.save_pretrained(path, max_shard_size="200KB")
-    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    return case_of(path)
+
+
+def case_of(path: Path) -> Case:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path)
     with torch.inference_mode():
         logits = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
         answers = [greedy(model, prompt) for prompt in PROMPTS]

@@ -21,7 +21,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_po
         (Qwen2Config, {"hidden_act": "gelu"}, "activation 'gelu'"),
         (LlamaConfig, {"mlp_bias": True}, "mlp_bias"),
         (LlamaConfig, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        (LlamaConfig, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised weights \(gptq\)"),
+        (LlamaConfig, {"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantised weights \(awq\)"),
         (DeepseekV3Config, {"quantization_config": {"quant_method": "fp8"}}, r"quantised weights \(fp8\)"),
         (DeepseekV3Config, {"attention_bias": True}, "attention_bias"),
         (DeepseekV3Config, {"rope_interleave": False}, "rope_interleave"),
