@@ -80,9 +80,11 @@ def name_of(model: str) -> str:
 
 def is_ledger_model(model: str) -> bool:
     """Whether the trainer's own network can run it, which is faster for many problems than an engine for serving."""
-    config = read_json(resolve_model(model) / "config.json")
+    path = resolve_model(model)
+    config = read_json(path / "config.json")
     plain = config.get("model_type") == "qwen2" and config.get("tie_word_embeddings")
-    return bool(plain and config.get("vocab_size") == VOCABULARY and "quantization_config" not in config)
+    small = config.get("vocab_size") == VOCABULARY and any(path.glob("model*.safetensors"))
+    return bool(plain and small and "quantization_config" not in config)
 
 
 def _check(wishes: Wishes) -> str | None:
