@@ -46,9 +46,14 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(prompts: list[list[int]]) -> list[list[int]]:
+def quantization(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def alone(prompts: list[list[int]], quantization: str) -> list[list[int]]:
     """What each prompt is answered when nothing else runs and nothing is kept."""
-    core, answers = engine(prefix_cache=False, async_scheduling=False), []
+    core, answers = engine(prefix_cache=False, async_scheduling=False, quantization=quantization), []
     for number, prompt in enumerate(prompts):
         core.add(number, prompt, sampling(number, LONGEST_ANSWER))
         answers.append([])
@@ -57,18 +62,25 @@ def alone(prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
+LONG = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
 @pytest.mark.parametrize(
-    "requests, ahead",
+    "quantization, requests, ahead",
     [
-        (400, True),
-        pytest.param(2000, True, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
-        pytest.param(2000, False, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        ("none", 400, True),
+        ("int4", 200, True),
+        pytest.param("none", 2000, True, marks=LONG),
+        pytest.param("none", 2000, False, marks=LONG),
+        pytest.param("int4", 2000, True, marks=LONG),
     ],
+    indirect=["quantization"],
 )
 def test_every_answer_is_the_one_given_alone(
-    prompts: list[list[int]], alone: list[list[int]], requests: int, ahead: bool
+    prompts: list[list[int]], alone: list[list[int]], quantization: str, requests: int, ahead: bool
 ) -> None:
-    core = engine(prefix_cache=True, async_scheduling=ahead, kv_blocks=200, max_batch=24, token_budget=80)
+    small: dict[str, Any] = {"kv_blocks": 200, "max_batch": 24, "token_budget": 80}
+    core = engine(prefix_cache=True, async_scheduling=ahead, quantization=quantization, **small)
     chance = random.Random(requests)
     asked: dict[int, tuple[int, int]] = {}
     found: dict[int, list[int]] = {}

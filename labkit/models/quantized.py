@@ -5,8 +5,9 @@ A GPTQ checkpoint holds of a linear map NAME of I inputs and O outputs, in G gro
 ``NAME.g_idx`` [I], the group of each input. A weight is scale * (level - zero). Only symmetric checkpoints whose groups
 lie in order are read: every zero is the level in the middle, of which format v1 stores one less and v2 itself.
 
-There is one kernel, for 4 bits. Levels of 8 bits, and those of stacked experts and of the expansion of latents, which
-no linear map reads, are multiplied out when they are loaded: they take the memory of 16 bits.
+There are kernels for 4 bits, see labkit.kernels.w4a16. Where they do not reach, the weight is multiplied out when it is
+loaded and takes the memory that it would take without: levels of 8 bits, those of stacked experts and of the expansion
+of latents, which no linear map reads, and everything on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from labkit.errors import UserError
 from labkit.kernels.activation import silu_mul
-from labkit.kernels.w4a16 import Packed, dequantize_checkpoint, join, pack, pack_levels, w4a16_linear
+from labkit.kernels.w4a16 import Packed, dequantize_checkpoint, has_kernel, join, pack, pack_levels, w4a16_linear
 from labkit.models.layers import Linear, Norm
 from labkit.models.shape import Quantization
 from labkit.models.tensors import TensorFiles
@@ -47,8 +48,9 @@ class QuantizedLinear(nn.Module):
         self._parts[first] = part
         if sum(each.outputs for each in self._parts.values()) == self.outputs:
             packed = join([self._parts[at] for at in sorted(self._parts)])
-            # A CPU would take longer to unpack the weight for every product than to read it.
-            self.packed = packed.keep_weight(self.dtype) if self.device.type == "cpu" else packed
+            row = torch.empty((1, packed.inputs), dtype=self.dtype, device=self.device)
+            # Where there is no kernel it takes longer to unpack the weight for every product than to read it.
+            self.packed = packed if has_kernel(row, packed) else packed.keep_weight(self.dtype)
             self._parts = {}
 
     def forward(self, x: Tensor) -> Tensor:
