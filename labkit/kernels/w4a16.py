@@ -23,7 +23,7 @@ __all__ = [
     "w4a16_linear_reference",
 ]  # fmt: skip
 
-MOST_FEW, MOST_MANY = 16, 256
+MOST_FEW, MOST_MANY = 16, 512
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -38,7 +38,7 @@ def w4a16_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None
 def w4a16_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """``w4a16_linear_reference``, by the kernel for this many rows.
 
-    The rule: 16-bit rows on CUDA, groups of a multiple of 128, all zeros 8 -> up to 16 rows ``w4a16_few``, up to 256
+    The rule: 16-bit rows on CUDA, groups of a multiple of 128, all zeros 8 -> up to 16 rows ``w4a16_few``, up to 512
     ``w4a16_many``, more of them dequantised once and multiplied by cuBLAS; anything else -> the reference.
     """
     if not has_kernel(x, packed):

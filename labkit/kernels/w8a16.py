@@ -63,11 +63,12 @@ class Some:
 
 
 def tuning(rows: int, inputs: int) -> One | Some:
-    if rows == 1:
-        return One(2, min(triton.next_power_of_2(inputs), 4096), 4, 1)
+    """The fastest of a sweep on an H200 over the output heads of Qwen2.5 1.5B and 7B."""
+    if rows == 1 and inputs > 2048:
+        return One(1, min(triton.next_power_of_2(inputs), 4096), 2, 1)
     if rows <= 16:
-        return Some(64, 16, 128, 4, 4)
-    return Some(128, min(max(triton.next_power_of_2(rows), 32), 128), 64, 8, 3)
+        return Some(64, 16, 128, 4, 3) if inputs > 2048 else Some(128, 16, 128, 8, 3)
+    return Some(128, 64, 128, 8, 4) if rows <= 64 else Some(64, 128, 128, 4, 3)
 
 
 def w8a16_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,6 @@ def test_the_kernels(rows: int, outputs: int, inputs: int, cut: One | Some) -> N
 
 
 def test_every_number_of_rows_has_a_cut() -> None:
-    for rows in range(1, w8a16.MOST_ROWS + 1):
-        cut = w8a16.tuning(rows, 1536)
-        assert isinstance(cut, One) == (rows == 1) and cut.warps in (2, 4, 8)
+    for rows, inputs in itertools.product(range(1, w8a16.MOST_ROWS + 1), (1536, 3584)):
+        cut = w8a16.tuning(rows, inputs)
+        assert isinstance(cut, One) == (rows == 1 and inputs == 3584) and cut.warps in (2, 4, 8)
