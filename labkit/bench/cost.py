@@ -10,9 +10,10 @@ of L layers, H heads and head dimension D:
               +  (KV bytes of a token) x (prompt + ((prompt + 1) + ... + m))            read
 
 So a step reads the weights once, a prompt's keys and values are read once, and each later token reads all before it and
-itself. Left out: activations, embedding rows, padding, what preemption computes again, and re-reading for later chunks
-of a prompt. Both are lower bounds of what happened; bytes / time can therefore not exceed the device's bandwidth by
-counting what was never moved, except where a cache larger than the step's data served it.
+itself. Quantised weights count as they are stored, with their scales, where there are kernels that read them so. Left
+out: activations, embedding rows, padding, what preemption computes again, and re-reading for later chunks of a prompt.
+Both are lower bounds of what happened; bytes / time can therefore not exceed the device's bandwidth by counting what was
+never moved, except where a cache larger than the step's data served it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,40 @@ from typing import Any
 
 from labkit.bench.workloads import Request
 from labkit.errors import UserError
+from labkit.models.decoder import Decoder
+from labkit.models.quantized import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Bytes of an element. Those of weights are means over the matrices that a step multiplies by."""
+
+    layers: float
+    """Of a weight of the layers."""
+    head: float
+    """Of a weight of the output projection."""
+    cache: int
+
+
+def elements_of(model: Decoder) -> Elements:
+    """Those of a model that is loaded, or of one rank's part of it."""
+    weights, size = 0, 0
+    for module in model.layers.modules():
+        if isinstance(module, QuantizedLinear):
+            weights, size = weights + module.weights, size + module.weight_bytes
+        for matrix in module.parameters(recurse=False):
+            if matrix.dim() >= 2:
+                weights, size = weights + matrix.numel(), size + matrix.nbytes
+    cache = model.norm.weight.itemsize
+    if model.int8_head is None:
+        return Elements(size / weights, model.head.itemsize, cache)
+    levels, scales = model.int8_head
+    return Elements(size / weights, (levels.nbytes + scales.nbytes) / levels.numel(), cache)
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Sizes of a model, in numbers of weights and operations; bytes are these times the element size."""
+    """Sizes of a model, in numbers of weights and operations; bytes are these times the elements'."""
 
     active: int
     """Weights of the layers' matrices that one token is multiplied by (of a mixture of experts, its own experts)."""
@@ -50,14 +80,13 @@ class ModelCost:
             total += self.attention * computed * (computed + 1) // 2
         return float(total)
 
-    def bytes(self, requests: Iterable[Request], steps: int, element: int) -> float:
-        """``element``: bytes of a weight and of a cache element."""
-        total = steps * (self.resident + self.head)
+    def bytes(self, requests: Iterable[Request], steps: int, elements: Elements) -> float:
+        cached = 0
         for request in requests:
             prompt, computed = len(request.prompt_ids), len(request.prompt_ids) + request.new_tokens - 1
             attended = computed * (computed + 1) // 2 - prompt * (prompt + 1) // 2
-            total += self.kv * (computed + prompt + attended)
-        return float(total * element)
+            cached += self.kv * (computed + prompt + attended)
+        return steps * (self.resident * elements.layers + self.head * elements.head) + cached * elements.cache
 
 
 def model_cost(directory: Path) -> ModelCost:

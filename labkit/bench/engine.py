@@ -11,7 +11,7 @@ from typing import Any
 
 from labkit.bench import workloads
 from labkit.bench.ceilings import Ceilings
-from labkit.bench.cost import ModelCost, model_cost
+from labkit.bench.cost import Elements, ModelCost, elements_of, model_cost
 from labkit.bench.drive import Answered, answer_all, closed_loop
 from labkit.bench.peers import Peer, Target, free
 from labkit.bench.profile import device_profile, host_profile
@@ -157,7 +157,7 @@ class EngineBench:
         steps = core.stats().steps - before
         note = self._agreement(workload, [each.token_ids for each in answered]) if repeat == 0 else ""
         figures = self._figures(requests, seconds, cpu_s)
-        figures |= self._moved(requests, seconds, steps, core.deployment.dtype) | _latencies(answered)
+        figures |= self._moved(requests, seconds, steps, elements_of(core.runner.model)) | _latencies(answered)
         self._add(Row(workload, name, figures, note, repeat))
 
     def _figures(self, requests: Sequence[Request], seconds: float, cpu_s: float) -> dict[str, float]:
@@ -173,9 +173,9 @@ class EngineBench:
             "of matmul": flops_s / self.ceilings.flops_s,
         }
 
-    def _moved(self, requests: Sequence[Request], seconds: float, steps: int, dtype: str) -> dict[str, float]:
+    def _moved(self, requests: Sequence[Request], seconds: float, steps: int, elements: Elements) -> dict[str, float]:
         """What is known only where steps are counted."""
-        bytes_s = self.cost.bytes(requests, steps, DTYPES[dtype].itemsize) / seconds
+        bytes_s = self.cost.bytes(requests, steps, elements) / seconds
         return {
             "TB/s": bytes_s / 1e12,
             "of copy": bytes_s / self.ceilings.bytes_s,

@@ -53,6 +53,16 @@ class QuantizedLinear(nn.Module):
             self.packed = packed if has_kernel(row, packed) else packed.keep_weight(self.dtype)
             self._parts = {}
 
+    @property
+    def weights(self) -> int:
+        return self.packed.outputs * self.packed.inputs
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a product has to read of the weight."""
+        packed = self.packed
+        return packed.words.nbytes + packed.scales.nbytes if packed.weight is None else packed.weight.nbytes
+
     def forward(self, x: Tensor) -> Tensor:
         return w4a16_linear(x, self.packed, self.bias)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from labkit.bench.cost import cost_of, model_cost
+from labkit.bench.cost import Elements, cost_of, elements_of, model_cost
 from labkit.bench.workloads import Request
 from labkit.deployment import SHIPPED_MODEL
 from labkit.errors import UserError
+from labkit.kernels.w8a16 import pack_int8
+from labkit.models.loading import load_model, open_checkpoint
+from labkit.models.quantized import QuantizedLinear
 
 TINY = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -77,7 +81,31 @@ def test_bytes_are_what_the_steps_read_and_write_one_by_one():
         moved += (prompt + prompt) * cost.kv  # the prompt's keys and values written, and read once
         for context in range(prompt + 1, prompt + new):
             moved += (1 + context) * cost.kv
-    assert cost.bytes(requests, steps, 2) == 2 * moved
+    assert cost.bytes(requests, steps, Elements(2, 2, 2)) == 2 * moved
+    weights = steps * (0.5 * cost.resident + cost.head)
+    assert cost.bytes(requests, steps, Elements(0.5, 1, 2)) == weights + 2 * (
+        moved - steps * (cost.resident + cost.head)
+    )
+
+
+def load(dtype, **options):
+    return load_model(open_checkpoint(SHIPPED_MODEL), torch.device("cpu"), dtype, **options)
+
+
+def test_elements_are_those_of_the_model_that_is_loaded():
+    assert elements_of(load(torch.float32)) == Elements(4, 4, 4)
+    assert elements_of(load(torch.bfloat16, int8_head=True)) == Elements(2, 2, 2), "a CPU multiplies it out"
+
+
+def test_packed_weights_count_with_their_scales():
+    """As they are on a GPU: 16 bits beside each 128 levels of 4, and 32 beside each row of the head."""
+    model = load(torch.bfloat16, quantization="int4")
+    assert elements_of(model) == Elements(2, 2, 2), "a CPU multiplies them out"
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.packed = replace(module.packed, weight=None)
+    model.int8_head = pack_int8(model.head)
+    assert elements_of(model) == Elements(0.5 + 2 / 128, 1 + 4 / 384, 2)
 
 
 def test_no_config_is_said(tmp_path):
