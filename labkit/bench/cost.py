@@ -12,8 +12,8 @@ of L layers, H heads and head dimension D:
 So a step reads the weights once, a prompt's keys and values are read once, and each later token reads all before it and
 itself. Quantised weights count as they are stored, with their scales, where there are kernels that read them so. Left
 out: activations, embedding rows, padding, what preemption computes again, and re-reading for later chunks of a prompt.
-Both are lower bounds of what happened; bytes / time can therefore not exceed the device's bandwidth by counting what was
-never moved, except where a cache larger than the step's data served it.
+Both are lower bounds of what happened; bytes / time can therefore not exceed the device's bandwidth by counting what
+was never moved, except where a cache larger than the step's data served it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def elements_of(model: Decoder) -> Elements:
     """Those of a model that is loaded, or of one rank's part of it."""
     weights, size = 0, 0
     for module in model.layers.modules():
-        if isinstance(module, QuantizedLinear):
-            weights, size = weights + module.weights, size + module.weight_bytes
+        if isinstance(module, QuantizedLinear) and (packed := module.packed):
+            weights += packed.outputs * packed.inputs
+            size += packed.words.nbytes + packed.scales.nbytes
         for matrix in module.parameters(recurse=False):
             if matrix.dim() >= 2:
                 weights, size = weights + matrix.numel(), size + matrix.nbytes

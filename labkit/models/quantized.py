@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from labkit.errors import UserError
 from labkit.kernels.activation import silu_mul
-from labkit.kernels.w4a16 import Packed, dequantize_checkpoint, has_kernel, join, pack, pack_levels, w4a16_linear
+from labkit.kernels.w4a16 import (
+    Packed,
+    dequantize,
+    dequantize_checkpoint,
+    has_kernel,
+    join,
+    pack,
+    pack_levels,
+    w4a16_linear,
+)
 from labkit.models.layers import Linear, Norm
 from labkit.models.shape import Quantization
 from labkit.models.tensors import TensorFiles
@@ -30,14 +39,16 @@ ROUNDED_GROUPS = (128, 64, 32)
 SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
-class QuantizedLinear(nn.Module):
-    """A Linear whose weight is in 4 bits. It is no parameter: ``take`` is given its parts, and keeps it packed."""
+class QuantizedLinear(Linear):
+    """A Linear whose weight is given in parts of 4 bits: ``take``. It stays packed where there is a kernel for it, and
+    is multiplied out elsewhere."""
 
-    packed: Packed
+    packed: Packed | None = None
 
     def __init__(self, like: Linear, device: torch.device, dtype: torch.dtype) -> None:
         """device: the weight's; dtype: of what it is multiplied by."""
-        super().__init__()
+        nn.Module.__init__(self)  # Linear's would make a weight
+        self.register_parameter("weight", None)
         self.device, self.dtype = device, dtype
         self.outputs = len(like.weight)
         self.bias = like.bias
@@ -46,39 +57,32 @@ class QuantizedLinear(nn.Module):
     def take(self, first: int, part: Packed) -> None:
         """Some of the outputs, from ``first`` on; once all are there they are joined."""
         self._parts[first] = part
-        if sum(each.outputs for each in self._parts.values()) == self.outputs:
-            packed = join([self._parts[at] for at in sorted(self._parts)])
-            row = torch.empty((1, packed.inputs), dtype=self.dtype, device=self.device)
-            # Where there is no kernel it takes longer to unpack the weight for every product than to read it.
-            self.packed = packed if has_kernel(row, packed) else packed.keep_weight(self.dtype)
-            self._parts = {}
-
-    @property
-    def weights(self) -> int:
-        return self.packed.outputs * self.packed.inputs
-
-    @property
-    def weight_bytes(self) -> int:
-        """What a product has to read of the weight."""
-        packed = self.packed
-        return packed.words.nbytes + packed.scales.nbytes if packed.weight is None else packed.weight.nbytes
+        if sum(each.outputs for each in self._parts.values()) < self.outputs:
+            return
+        packed = join([self._parts[at] for at in sorted(self._parts)])
+        self._parts = {}
+        if has_kernel(torch.empty((1, packed.inputs), dtype=self.dtype, device=self.device), packed):
+            self.packed = packed
+        else:
+            self.weight = nn.Parameter(dequantize(packed, self.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return w4a16_linear(x, self.packed, self.bias)
+        return super().forward(x) if self.packed is None else w4a16_linear(x, self.packed, self.bias)
 
     def of_normed_sum(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        """As of Linear."""
+        if self.packed is None:
+            return super().of_normed_sum(x, residual, norm)
         normed, total = (norm(x), x) if residual is None else norm.of_sum(x, residual)
         return self(normed), total
 
     def silu_mul_of(self, x: Tensor) -> Tensor:
-        """As of Linear."""
-        return silu_mul(self(x))
+        return super().silu_mul_of(x) if self.packed is None else silu_mul(self(x))
 
     def silu_mul_of_normed_sum(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        """As of Linear."""
-        gate_up, total = self.of_normed_sum(x, residual, norm)
-        return silu_mul(gate_up), total
+        if self.packed is None:
+            return super().silu_mul_of_normed_sum(x, residual, norm)
+        normed, total = (norm(x), x) if residual is None else norm.of_sum(x, residual)
+        return self.silu_mul_of(normed), total
 
 
 def quantize_linears(model: nn.Module, but: Collection[str], device: torch.device, dtype: torch.dtype) -> None:

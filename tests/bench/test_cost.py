@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from labkit.bench.cost import Elements, cost_of, elements_of, model_cost
 from labkit.bench.workloads import Request
 from labkit.deployment import SHIPPED_MODEL
 from labkit.errors import UserError
+from labkit.kernels.w4a16 import pack_levels
 from labkit.kernels.w8a16 import pack_int8
 from labkit.models.loading import load_model, open_checkpoint
-from labkit.models.quantized import QuantizedLinear
+from labkit.models.quantized import QuantizedLinear, round_to_nearest
 
 TINY = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -103,7 +103,8 @@ def test_packed_weights_count_with_their_scales():
     assert elements_of(model) == Elements(2, 2, 2), "a CPU multiplies them out"
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.packed = replace(module.packed, weight=None)
+            levels, scales = round_to_nearest(module.weight, 128)
+            module.packed, module.weight = pack_levels(levels, scales, None, 128), None
     model.int8_head = pack_int8(model.head)
     assert elements_of(model) == Elements(0.5 + 2 / 128, 1 + 4 / 384, 2)
 

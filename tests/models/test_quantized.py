@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,9 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig, Qwen2Config
 
 from labkit.errors import UserError
-from labkit.kernels.w4a16 import dequantize
-from labkit.models.layers import Linear
+from labkit.kernels.w4a16 import dequantize, pack_levels
+from labkit.models import quantized
+from labkit.models.layers import Linear, Norm
 from labkit.models.loading import load_model, open_checkpoint
 from labkit.models.parallel import Parallel
 from labkit.models.quantized import QuantizedLinear, round_to_nearest
@@ -44,13 +46,12 @@ def load(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 
 def linears(model: Any) -> dict[str, torch.Tensor]:
     """Every linear map's weight [outputs, inputs], in float32 on the CPU."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            found[name] = dequantize(module.packed, torch.float32).cpu()
-        elif isinstance(module, Linear):
-            found[name] = module.weight.cpu()
-    return found
+    maps = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    packed = {name: getattr(module, "packed", None) for name, module in maps.items()}
+    return {
+        name: (dequantize(packed[name], torch.float32) if packed[name] else module.weight).cpu()
+        for name, module in maps.items()
+    }
 
 
 def kinds(model: Any) -> set[type]:
@@ -94,12 +95,44 @@ def test_bfloat16_logits_are_as_near_the_truth_as_those_of_the_weights_multiplie
     assert errors[0] < 1.5 * errors[1]
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_map_that_stays_packed_computes_what_one_multiplied_out_does(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """As where there are kernels: with bias and without, normed and gated."""
+    generator = torch.Generator().manual_seed(3)
+    weight, x, residual, bias = (
+        0.1 * torch.randn(size, generator=generator) for size in ((64, 128), (rows, 128), (rows, 128), (64,))
+    )
+    norm = Norm(128, 1e-6)
+    norm.weight.data = 1 + residual[0]
+    maps = []
+    for kept_packed in (True, False):
+        monkeypatch.setattr(quantized, "has_kernel", lambda *_, kept=kept_packed: kept)
+        like = Linear(128, 64, bias=True)
+        like.bias.data = bias  # type: ignore[union-attr]
+        made = QuantizedLinear(like, CPU, torch.float32)
+        made.take(16, pack_levels(*round_to_nearest(weight[16:], 32), None, 32))
+        made.take(0, pack_levels(*round_to_nearest(weight[:16], 32), None, 32))
+        assert (made.packed is not None) == kept_packed == (made.weight is None)
+        maps.append(made)
+    packed, plain = maps
+    same = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    same(packed(x), plain(x))
+    for each in (residual, None):
+        same(packed.of_normed_sum(x, each, norm), plain.of_normed_sum(x, each, norm))
+    packed.bias = plain.bias = None
+    same(packed.silu_mul_of(x), plain.silu_mul_of(x))
+    for each in (residual, None):
+        same(packed.silu_mul_of_normed_sum(x, each, norm), plain.silu_mul_of_normed_sum(x, each, norm))
+
+
 def test_a_map_of_which_a_part_is_not_quantised_is_multiplied_out(
     make_case: Any, gptq: ModuleType, tmp_path: Path
 ) -> None:
     quantized, plain = gptq.quantized_copies(make_case("qwen2").path, tmp_path, whole=r"0\.self_attn\.q_proj|1\.mlp")
     model, expected = load(quantized), linears(load(plain))
-    plain_ones = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    plain_ones = {name for name, module in model.named_modules() if type(module) is Linear}
     assert plain_ones == {"layers.0.attention.qkv", "layers.1.mlp.gate_up", "layers.1.mlp.down"}
     for name, weight in linears(model).items():
         assert torch.equal(weight, expected[name])
