@@ -11,6 +11,7 @@ import typer
 from labkit.bench.cli import bench
 from labkit.errors import UserError
 from labkit.evaluation.cli import evaluate
+from labkit.quantizer.cli import quantize
 from labkit.training.cli import distill, train
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(distill)
 app.command()(evaluate)
+app.command()(quantize)
 app.command()(bench)
 
 
