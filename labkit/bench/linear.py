@@ -1,4 +1,4 @@
-"""Linear layers with weights of 4 and 8 bits beside 16 bits: few rows, where bytes count, to many, where products do."""
+"""Linear layers with weights of 4 and 8 bits beside 16 bits: from few rows (bytes count) to many (products do)."""
 
 from __future__ import annotations
 
