@@ -30,6 +30,7 @@ SPARE = 1.05
 """Room on the disk, over what the weights take: for what else there is, and for what differs from the estimate."""
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 _NOT_COPIED = ("config.json", "quantize_config.json")
+_OTHER = {"model": "with another model", "calibration": "with another calibration text"}
 _STATE, _REPORT = "state.json", "layer-{:04d}.json"
 
 
@@ -56,7 +57,7 @@ class Workplace:
             return
         begun = read_json(self.path / _STATE)
         if changed := [key for key in state if begun.get(key) != state[key]]:
-            was = ", ".join(f"{key.replace('_', ' ')} was {begun.get(key)}" for key in changed)
+            was = ", ".join(_OTHER.get(key) or f"{key.replace('_', ' ')} was {begun.get(key)}" for key in changed)
             raise UserError(
                 f"{self.path} was begun otherwise ({was}); give the same options to go on, or remove it to begin anew"
             )
@@ -126,9 +127,9 @@ class Workplace:
             homes: dict[str, str] = {}
             total = 0
             for shard in shards:
-                tensors = load_file(shard)
-                homes |= dict.fromkeys(tensors, shard.name)
-                total += sum(tensor.nbytes for tensor in tensors.values())
+                sizes = _sizes(shard)
+                homes |= dict.fromkeys(sizes, shard.name)
+                total += sum(sizes.values())
             index = {"metadata": {"total_size": total}, "weight_map": homes}
             write_atomic(self.path / "model.safetensors.index.json", _json(index))
             return
@@ -171,6 +172,14 @@ def model_config(model: Path) -> dict[str, Any]:
 
 def _json(facts: dict[str, Any]) -> str:
     return json.dumps(facts, indent=2) + "\n"
+
+
+def _sizes(file: Path) -> dict[str, int]:
+    """Bytes of each tensor of a safetensors file, from its header."""
+    with open(file, "rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    ends = {name: facts["data_offsets"] for name, facts in header.items() if name != "__metadata__"}
+    return {name: last - first for name, (first, last) in ends.items()}
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

@@ -73,19 +73,18 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> Report:
     place = Workplace(options.out, source.checkpoint.shape.layers)
     wanted = source.check(grid)
     sequences = read_calibration(options, source.checkpoint.shape)
-    place.begin(_state(options, source, sequences))
     place.check_room(wanted)
+    place.begin(_state(options, source, sequences))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began, before = time.monotonic(), place.finished()
     if before:
         say(f"going on after {before} finished layers in {place.path}")
-    tokens = sum(map(len, sequences))
-    say(f"calibration: {len(sequences)} sequences, {tokens:,} tokens")
+    say(f"calibration: {len(sequences)} sequences, {sum(map(len, sequences)):,} tokens")
     with torch.inference_mode():
         if before < place.layers:
             _quantize_layers(options, source, sequences, place, Method(grid, options.damping))
-        report = _report(options, place, tokens, began)
+        report = _report(options, place, sequences, began)
         files = {REPORT: report.json(), FIGURE: figure(report)}
         rest = dict(source.as_stored(source.outside()))
         place.finish(rest, source.checkpoint.path, quantize_config(grid, options.damping), files)
@@ -156,14 +155,14 @@ def _state(options: Options, source: Source, sequences: list[Tensor]) -> dict[st
     }
 
 
-def _report(options: Options, place: Workplace, tokens: int, began: float) -> Report:
-    peak = torch.cuda.max_memory_allocated() if options.device.startswith("cuda") else None
+def _report(options: Options, place: Workplace, sequences: list[Tensor], began: float) -> Report:
+    peak = torch.cuda.max_memory_reserved(options.device) if options.device.startswith("cuda") else None
     return Report(
         model=options.model,
         bits=options.bits,
         group_size=options.group_size,
-        sequences=options.sequences,
-        tokens=tokens,
+        sequences=len(sequences),
+        tokens=sum(map(len, sequences)),
         damping=options.damping,
         random_weights=options.random_weights,
         machine=describe_machine(options.device),

@@ -42,7 +42,7 @@ class Report:
     seconds: float
     """Of the sitting that ended it."""
     peak_bytes: int | None
-    """Most memory of the GPU that was in use."""
+    """Most memory of the GPU that was held."""
     lines: list[dict[str, Any]] = field(repr=False)
 
     @property
@@ -87,7 +87,7 @@ def _cells(layer: int, kind: str, rows: list[dict[str, Any]]) -> tuple[str, ...]
         _digits(math.sqrt(rtn)),
         _digits(math.sqrt(gptq)),
         _digits(math.sqrt(gptq / rtn)) if rtn else "–",
-        f"{_digits(math.sqrt(_mean(rows, 'clip_gain')))}x",
+        "–" if math.isnan(rtn) else f"{_digits(math.sqrt(_mean(rows, 'clip_gain')))}x",
         f"{sum(row['seconds'] for row in rows):.2f}",
     )
 
