@@ -48,6 +48,7 @@ from labkit.quantizer.grid import BLOCK, Grid, candidates, round_to_grid, roundi
 from labkit.quantizer.order import act_order
 
 DAMPING = 0.01
+_ALIKE = 1.001
 _PIECE = 2**27
 """Most elements of a temporary of ``loss``: half a GB."""
 
@@ -73,8 +74,9 @@ class Quantized:
 
     @property
     def worse(self) -> bool:
-        """Whether plain rounding would have done better, which means that something is wrong."""
-        return self.fallback is None and not self.error <= self.rtn_error
+        """Whether plain rounding would have done better, which means that something is wrong. Where inputs are not
+        correlated the two do the same, and float32 makes the difference."""
+        return self.fallback is None and not self.error <= self.rtn_error * _ALIKE
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The weight [outputs, inputs] that a reader makes of it, rounded to ``dtype`` once."""

@@ -168,3 +168,11 @@ def test_weights_of_zero_stay_zero_and_dead_inputs_do_no_harm() -> None:
     # what never has an input is still rounded near to what it was: other text may use it
     step = found.scales.float().abs().max()
     assert float((found.weight(torch.float32) - weight)[:, :32].abs().max()) < 2 * step
+
+
+@pytest.mark.parametrize("group", [32, -1])
+def test_inputs_that_are_not_correlated_leave_nothing_to_make_good(group: int) -> None:
+    weight, _ = matrix(16, 64)
+    found = quantize_matrix(weight, torch.diag(torch.rand(64) + 0.1), Grid(4, group))
+    assert found.error == pytest.approx(found.rtn_error, rel=1e-4) and not found.worse
+    assert torch.equal(found.levels.float(), nearest(weight, found))
