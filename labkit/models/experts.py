@@ -30,10 +30,16 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x, residual: [tokens, hidden]; returns what is to be added, and their sum."""
-        shape = self.shape
         x, residual = self.norm.of_sum(x, residual)
-        ids, weights = moe.router(
-            F.linear(x.float(), self.router.float()),
+        ids, weights = self.route(x)
+        routed = moe.experts(x, ids, weights, self.gate_up, self.down)
+        return (routed if self.shared is None else routed + self.shared(x)), residual
+
+    def route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each row of normed [tokens, hidden] and their weights, both [tokens, per token]."""
+        shape = self.shape
+        return moe.router(
+            F.linear(normed.float(), self.router.float()),
             shape.per_token,
             scoring=shape.scoring,
             method=shape.method,
@@ -43,5 +49,3 @@ class Experts(nn.Module):
             normalise=shape.normalise,
             scale=shape.scale,
         )
-        routed = moe.experts(x, ids, weights, self.gate_up, self.down)
-        return (routed if self.shared is None else routed + self.shared(x)), residual

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labkit.kernels import moe
 from labkit.kernels.activation import silu_mul
 from labkit.models.decoder import Layer
 from labkit.models.experts import Experts
@@ -197,7 +196,7 @@ def _watch_experts(layer: Layer, hessians: dict[int, Hessian], down: bool, ticks
 
     def see(_module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
         normed, _ = mlp.norm.of_sum(*inputs)
-        ids = _routed(mlp, normed)
+        ids, _ = mlp.route(normed)
         for expert, hessian in hessians.items():
             x = normed[(ids == expert).any(1)]
             if len(x):
@@ -205,20 +204,3 @@ def _watch_experts(layer: Layer, hessians: dict[int, Hessian], down: bool, ticks
         ticks.tick()
 
     return mlp.register_forward_pre_hook(see).remove
-
-
-def _routed(mlp: Experts, normed: Tensor) -> Tensor:
-    """The experts of each token, as ``Experts`` finds them: [tokens, per token]."""
-    shape = mlp.shape
-    ids, _ = moe.router(
-        F.linear(normed.float(), mlp.router.float()),
-        shape.per_token,
-        scoring=shape.scoring,
-        method=shape.method,
-        correction_bias=mlp.correction,
-        groups=shape.groups,
-        top_groups=shape.top_groups,
-        normalise=shape.normalise,
-        scale=shape.scale,
-    )
-    return ids
