@@ -86,7 +86,7 @@ def quantize(options: Options, say: Callable[[str], None] = print) -> Report:
             _quantize_layers(options, source, sequences, place, Method(grid, options.damping))
         report = _report(options, place, sequences, began)
         files = {REPORT: report.json(), FIGURE: figure(report)}
-        rest = dict(source.as_stored(source.outside()))
+        rest = source.rest()
         place.finish(rest, source.checkpoint.path, quantize_config(grid, options.damping), files)
     return report
 

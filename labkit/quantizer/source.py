@@ -68,6 +68,14 @@ class Source:
             for name in names:
                 yield name, files.part(name, (ALL,) * len(self.places[name].shape))
 
+    def rest(self) -> dict[str, Tensor]:
+        """The tensors of no layer, as ``as_stored``. A tied output head is written beside the embedding: of a file that
+        holds one of the two, auto-gptq leaves both as what lies in memory, without a word."""
+        found = dict(self.as_stored(self.outside()))
+        if self.checkpoint.shape.tied:
+            found["lm_head.weight"] = found["model.embed_tokens.weight"].clone()
+        return found
+
     def fingerprint(self) -> str:
         """Changes with the configuration and with the size or the time of a file of weights."""
         facts = [(self.checkpoint.path / "config.json").read_text(encoding="utf-8")]
@@ -93,6 +101,8 @@ class Source:
             grid.check(name.removesuffix(".weight"), outputs, inputs)
             total += size_bytes(outputs, inputs, grid)
         rest = sum(torch.Size(place.shape).numel() for name, place in self.places.items() if name not in quantized)
+        if self.checkpoint.shape.tied:  # see ``rest``
+            rest += torch.Size(self.places["model.embed_tokens.weight"].shape).numel()
         return total + rest * self._itemsize()
 
     def _itemsize(self) -> int:

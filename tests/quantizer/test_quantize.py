@@ -147,6 +147,18 @@ def test_the_directory_is_what_other_readers_look_for(
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_written_out_too(
+    make_model: Callable[..., Path], text: Path, tmp_path: Path, tied: bool
+) -> None:
+    """auto-gptq leaves a head that is only implied as whatever lies in memory."""
+    model, out = make_model("qwen2", tie_word_embeddings=tied), tmp_path / "out"
+    run(model, out, text, group_size=32)
+    found = load_file(out / "model.safetensors")
+    same = torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert same == tied and open_checkpoint(str(out)).shape.tied == tied
+
+
 def test_text_that_is_seen_makes_the_model_better_on_it(
     make_model: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
