@@ -367,7 +367,11 @@ def test_gptq_that_is_worse_than_rounding_is_an_error(
 def test_interrupting_says_how_to_go_on(make_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     model = make_model("qwen2", num_hidden_layers=8)
     options = ["--calibration", str(text), "--sequences", "30", "--length", "256", "--group-size", "32"]
-    process = subprocess.Popen([*COMMAND, str(model), "out", *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # A job in the background, and all that it starts, ignores Ctrl-C; a terminal's does not.
+    hearing = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(
+        [*COMMAND, str(model), "out", *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hearing
+    )
     while not (tmp_path / "out.partial" / "layer-0000.json").exists():
         assert process.poll() is None
         time.sleep(0.002)
