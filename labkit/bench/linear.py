@@ -8,7 +8,7 @@ from torch import Tensor
 
 from labkit.bench.elementwise import MATRICES
 from labkit.bench.operators import Call, Case
-from labkit.kernels.w4a16 import Packed, dequantize, pack_levels, w4a16_linear
+from labkit.kernels.w4a16 import Packed, dequantize, has_kernel, pack_levels, w4a16_linear
 from labkit.kernels.w4a16_layout import unpack_levels
 from labkit.kernels.w8a16 import pack_int8, w8a16_linear, w8a16_linear_reference
 
@@ -37,13 +37,14 @@ def _four_bits(name: str, rows: int, outputs: int, inputs: int, device: torch.de
         levels = torch.randint(0, 16, (outputs, inputs), device=device).to(torch.uint8)
         scales = torch.rand(inputs // GROUP, outputs, device=device).add(0.5) / (5 * inputs**0.5)
         packed = pack_levels(levels, scales, None, GROUP)
-        if device.type == "cpu":
-            packed = packed.keep_weight(dtype)
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         return x, packed, dequantize(packed, dtype), *_for_tinygemm(packed)
 
     contestants: dict[str, Call | str] = {
-        "labkit": lambda x, packed, *_: w4a16_linear(x, packed),
+        # Without a kernel a model multiplies the weight out when it is loaded.
+        "labkit": lambda x, packed, weight, *_: (
+            w4a16_linear(x, packed) if has_kernel(x, packed) else F.linear(x, weight)
+        ),
         f"F.linear of {dtype.itemsize * 8} bits": lambda x, packed, weight, *_: F.linear(x, weight),
         "tinygemm of torch": _tinygemm if _has_tinygemm(device, dtype) else "bfloat16 on CUDA only",
     }

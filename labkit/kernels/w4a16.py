@@ -19,7 +19,7 @@ from labkit.kernels.w4a16_layout import (
 )
 
 __all__ = [
-    "Packed", "dequantize", "dequantize_checkpoint", "join", "pack", "pack_levels", "w4a16_linear",
+    "Packed", "dequantize", "dequantize_checkpoint", "has_kernel", "join", "pack", "pack_levels", "w4a16_linear",
     "w4a16_linear_reference",
 ]  # fmt: skip
 
@@ -30,9 +30,8 @@ HALVES = (torch.bfloat16, torch.float16)
 def w4a16_linear_reference(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [rows, inputs] times the transpose of the weight, plus bias [outputs]: [rows, outputs] in x's dtype.
 
-    The weight is rounded to x's dtype before; where it is kept beside it is taken as it is."""
-    kept = packed.weight is not None and packed.weight.dtype == x.dtype
-    return F.linear(x, packed.weight if kept else dequantize(packed, x.dtype), bias)  # type: ignore[arg-type]
+    The weight is rounded to x's dtype before."""
+    return F.linear(x, dequantize(packed, x.dtype), bias)
 
 
 def w4a16_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -51,5 +50,6 @@ def w4a16_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tenso
 
 
 def has_kernel(x: Tensor, packed: Packed) -> bool:
+    """Whether a kernel multiplies such rows x [rows, inputs] by this weight."""
     fits = packed.group == INPUTS and packed.inputs % INPUTS == 0 and packed.outputs % OUTPUTS == 0
     return x.is_cuda and fits and packed.zeros is None and x.dtype in HALVES and len(x) > 0 and x.is_contiguous()

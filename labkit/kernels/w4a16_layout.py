@@ -37,17 +37,10 @@ class Packed:
     inputs: int
     group: int
     """32, 64 or 128: larger groups are kept as several of 128."""
-    weight: Tensor | None = None
-    """The dequantised weight [outputs, inputs], where it is kept beside: the CPU's path."""
 
     def to(self, device: torch.device | str) -> Packed:
-        words, scales = self.words.to(device), self.scales.to(device)
-        zeros, weight = (None if each is None else each.to(device) for each in (self.zeros, self.weight))
-        return replace(self, words=words, scales=scales, zeros=zeros, weight=weight)
-
-    def keep_weight(self, dtype: torch.dtype) -> Packed:
-        """With the dequantised weight beside: for a CPU, where unpacking for every product would be slower."""
-        return replace(self, weight=dequantize(self, dtype))
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, words=self.words.to(device), scales=self.scales.to(device), zeros=zeros)
 
 
 def pack(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int) -> Packed:
@@ -91,13 +84,10 @@ def join(parts: Sequence[Packed]) -> Packed:
     first, outputs = parts[0], sum(part.outputs for part in parts)
     if all(part.outputs % OUTPUTS == 0 and part.zeros is None for part in parts):
         words, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("words", "scales"))
-        joined = Packed(words, scales, None, outputs, first.inputs, first.group)
-    else:
-        levels = torch.cat([unpack_levels(part) for part in parts])
-        scales, zeros = (torch.cat([_by_group(part, name) for part in parts], dim=1) for name in ("scales", "zeros"))
-        joined = pack_levels(levels, scales, None if bool((zeros == ZERO).all()) else zeros, first.group)
-    weights = [part.weight for part in parts if part.weight is not None]
-    return replace(joined, weight=torch.cat(weights)) if len(weights) == len(parts) else joined
+        return Packed(words, scales, None, outputs, first.inputs, first.group)
+    levels = torch.cat([unpack_levels(part) for part in parts])
+    scales, zeros = (torch.cat([_by_group(part, name) for part in parts], dim=1) for name in ("scales", "zeros"))
+    return pack_levels(levels, scales, None if bool((zeros == ZERO).all()) else zeros, first.group)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
