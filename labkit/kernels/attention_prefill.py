@@ -134,9 +134,12 @@ def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, causal: bool 
 
 
 def dense_attention_triton(
-    queries: Tensor, keys: Tensor, values: Tensor, causal: bool = True, tile: Tile | None = None
+    queries: Tensor, keys: Tensor, values: Tensor, causal: bool = True, tile: Tile | None = None, kernel: Any = None
 ) -> Tensor:
-    """``dense_attention`` by this project's kernel. All contiguous; head_dim is a power of two up to 128."""
+    """``dense_attention`` by this project's kernel. All contiguous; head_dim is a power of two up to 128.
+
+    ``tile`` overrides the table and ``kernel`` (``dense_kernel`` built in another way) what is launched, to compare.
+    """
     batch, heads, tokens, head_dim = queries.shape
     if tile is None:
         long = head_dim == 128 and tokens >= LONG
@@ -149,7 +152,7 @@ def dense_attention_triton(
         for tensor, block in zip(tensors, blocks, strict=True)
     ]
     # A head's tiles follow each other, so that its keys and values stay in the L2 cache.
-    _dense[(triton.cdiv(tokens, tile.queries), batch * heads)](
+    (kernel or dense_kernel)[(triton.cdiv(tokens, tile.queries), batch * heads)](
         *described, out, head_dim**-0.5 * LOG2_E, tokens,
         HEAD_DIM=head_dim, QUERIES=tile.queries, KEYS=tile.keys, CAUSAL=causal, PRECISION=precision(queries.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -258,7 +261,7 @@ def _prefill(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _dense(  # type: ignore[no-untyped-def]
+def dense_kernel(  # type: ignore[no-untyped-def]
     queries, keys, values, out, scale, tokens,
     HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -309,7 +312,7 @@ def _dense_case(head_dim: int, causal: bool, tile: Tile) -> CompileCase:
     }  # fmt: skip
     signature = {**described, "out": "*bf16", "scale": "fp32", "tokens": "i32"}
     name = f"prefill dense {tile.queries} x {tile.keys} d{head_dim}{' causal' if causal else ''}"
-    return CompileCase(name, _dense, signature, constexprs, tile.num_warps, tile.num_stages, hgmma=True)
+    return CompileCase(name, dense_kernel, signature, constexprs, tile.num_warps, tile.num_stages, hgmma=True)
 
 
 COMPILE_CASES = [
