@@ -45,13 +45,16 @@ test: $(STAMP) ## Run the tests, notebooks of profile quick included
 test-all: $(STAMP) ## Run the slow tests and those for a GPU too
 	@$(BIN)/python -m pytest -q -m "not peers" --durations=15
 
+# auto-gptq has no wheel for Python 3.12, and those for others carry CUDA kernels; its source builds without them.
+NO_CUDA := BUILD_CUDA_EXT=0 PIP_NO_BINARY=auto-gptq
+
 .PHONY: test-peers
 test-peers: $(STAMP) $(addprefix peer-,$(PEERS)) ## Check labkit against programs that others wrote
 	@$(BIN)/python -m pytest -q -m peers tests/peers
 
 peer-%: peers/%.lock
 	@stamp=.venv-peers/$*/.installed-$$(cksum < $< | cut -d' ' -f1); \
-	if [ ! -e $$stamp ]; then .ci/install .venv-peers/$* $<; rm -f .venv-peers/$*/.installed-*; touch $$stamp; fi
+	if [ ! -e $$stamp ]; then $(NO_CUDA) .ci/install .venv-peers/$* $<; rm -f .venv-peers/$*/.installed-*; touch $$stamp; fi
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, types and that notebooks carry no outputs
@@ -77,6 +80,10 @@ lock: ## Write the lock files anew, keeping pins that still fit (UPGRADE=--upgra
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) requirements.lock "$$(grep -E '^torch==' requirements.lock)" -e '.[dev]'
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/openai.lock openai
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/guidellm.lock guidellm==0.8.1 "$$(grep -E '^torch==' requirements.lock)"
+	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) --source=gptqmodel,defuser,device-smi,logbar,pypcre,tokenicer \
+		peers/gptqmodel.lock gptqmodel==7.6.0 optimum "$$(grep -E '^torch==' requirements.lock)"
+	@BUILD_CUDA_EXT=0 .venv-lock/bin/python .ci/lock.py $(UPGRADE) --source=auto-gptq \
+		peers/auto-gptq.lock auto-gptq==0.7.1 transformers==4.57.6 'peft<=0.18.1' "$$(grep -E '^torch==' requirements.lock)"
 
 .PHONY: clean
 clean: ## Remove environments, caches, runs and the report

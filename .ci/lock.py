@@ -2,6 +2,7 @@
 
 pip evaluates markers for the Python that it runs on only, so what another supported Python needs besides is found from
 the metadata and resolved in a further round. Versions that FILE pins already are kept; ``--upgrade`` takes the newest.
+Only wheels are taken, so that resolving runs no code of others, and as source what ``--source=NAME,...`` names.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def wanted(requires: Iterable[str], extras: Iterable[str] = ()) -> list[Requirem
     return found
 
 
-def resolve(requirements: list[str], constraints: Path | None) -> dict[str, dict]:
+def resolve(requirements: list[str], constraints: Path | None, source: str) -> dict[str, dict]:
     """Canonical name -> metadata of everything that pip would install; nothing is installed."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-    command += ["--only-binary=:all:", "--report", "-", *requirements]
+    command += ["--only-binary=:all:", f"--no-binary={source}", "--report", "-", *requirements]
     if constraints:
         command += ["--constraint", str(constraints)]
     report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -50,11 +51,12 @@ def resolve(requirements: list[str], constraints: Path | None) -> dict[str, dict
 
 
 def main() -> None:
-    arguments = [each for each in sys.argv[1:] if each != "--upgrade"]
+    arguments = [each for each in sys.argv[1:] if each != "--upgrade" and not each.startswith("--source=")]
+    source = next((each.partition("=")[2] for each in sys.argv[1:] if each.startswith("--source=")), ":none:")
     target, requirements = Path(arguments[0]), arguments[1:]
     constraints = target if target.exists() and "--upgrade" not in sys.argv else None
     while True:
-        found = resolve(requirements, constraints)
+        found = resolve(requirements, constraints, source)
         missing = {
             str(need.name)
             for metadata in found.values()

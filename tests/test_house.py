@@ -62,15 +62,25 @@ def lock_module():
     return module
 
 
-@pytest.mark.parametrize("path", ["requirements.lock", "peers/openai.lock", "peers/guidellm.lock"])
+# Peer -> the version that labkit is compared with.
+PEERS = {"openai": None, "guidellm": "0.8.1", "gptqmodel": "7.6.0", "auto-gptq": "0.7.1"}
+
+
+def test_the_peers_are_those_that_are_known_here():
+    assert {path.stem for path in (ROOT / "peers").iterdir()} == set(PEERS)
+
+
+@pytest.mark.parametrize("path", ["requirements.lock", *(f"peers/{peer}.lock" for peer in PEERS)])
 def test_a_lock_holds_plain_pins(path):
     assert len(pins(ROOT / path)) > 10
 
 
 def test_torch_is_pinned_once_and_the_same_everywhere():
     assert str(LOCK["torch"]) == "2.13.0"
-    assert pins(ROOT / "peers/guidellm.lock")["torch"] == LOCK["torch"]
-    assert str(pins(ROOT / "peers/guidellm.lock")["guidellm"]) == "0.8.1"
+    for peer, version in PEERS.items():
+        found = pins(ROOT / f"peers/{peer}.lock")
+        assert found.get("torch", LOCK["torch"]) == LOCK["torch"]
+        assert version is None or str(found[peer]) == version
 
 
 def test_every_range_holds_its_pin_and_names_no_single_version():

@@ -17,7 +17,7 @@ def bench(
     workloads: Annotated[
         list[str] | None,
         typer.Argument(
-            help="throughput, mix, decode, users, attention, elementwise, linear, training; one or several."
+            help="throughput, mix, decode, users, attention, elementwise, linear, training, quantization: one or more."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory; absent: the shipped model.")] = None,
@@ -34,7 +34,8 @@ def bench(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where all of it runs.")] = "auto",
     repeat: Annotated[int, typer.Option(min=1, help="Measurements of every line; slow peers are measured once.")] = 3,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests of a workload (of users: measured at each number of them).")
+        int | None,
+        typer.Option(min=1, help="Requests of a workload (users: at each number of them; quantization: problems)."),
     ] = None,
     slo_ms: Annotated[float, typer.Option(min=1, help="users: the limit of P95 end-to-end latency.")] = 800.0,
     peers: Annotated[

@@ -11,6 +11,7 @@ from labkit.bench.ceilings import measure_ceilings
 from labkit.bench.engine import ENGINE_WORKLOADS, OURS, EngineBench, Options
 from labkit.bench.operators import Case, run_case
 from labkit.bench.peers import PEERS, free
+from labkit.bench.quantization import measure_quantization
 from labkit.bench.rows import keeping
 from labkit.bench.training import measure_training
 from labkit.errors import UserError
@@ -19,8 +20,8 @@ from labkit.experiments.store import Run, RunStore
 from labkit.runner.runner import DTYPES, torch_device
 
 KERNEL_WORKLOADS = ("attention", "elementwise", "linear")
-TRAINING = "training"
-WORKLOADS = (*ENGINE_WORKLOADS, *KERNEL_WORKLOADS, TRAINING)
+TRAINING, QUANTIZATION = "training", "quantization"
+WORKLOADS = (*ENGINE_WORKLOADS, *KERNEL_WORKLOADS, TRAINING, QUANTIZATION)
 
 
 def bench(options: Options, store: RunStore, say: Callable[[str], None], only: Sequence[str] = ()) -> Run:
@@ -48,6 +49,8 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
             EngineBench(options, ceilings, book, say).run()
         if TRAINING in options.workloads:
             measure_training(device, book, say, only, options.repeat)
+        if QUANTIZATION in options.workloads:
+            measure_quantization(options.deployment.model, device, book, say, bool(options.peers), options.requests)
         cases = [case for name in options.workloads for case in _cases(name, device, dtype)]
         wanted = [case for case in cases if not only or any(word in f"{case.workload}, {case.size}" for word in only)]
         if not options.peers:
