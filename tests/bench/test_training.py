@@ -4,16 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from labkit.bench import training
-from labkit.bench.peak import peak_bytes
 from labkit.bench.rows import keeping, rows_of
 from labkit.bench.run import bench as run_bench
-from labkit.bench.training import SIZES, Size, groups, measure_training
+from labkit.bench.training import SIZES, measure_training
 from labkit.experiments.store import RunStore
+from labkit.training import variants
 from labkit.training.network import Shape
-from labkit.training.options import TrainOptions
+from labkit.training.variants import Size, groups
 
 CPU = torch.device("cpu")
 TINY = Size(Shape(hidden=16, layers=2, heads=2, kv_heads=1, intermediate=32), batch=2, micro=1, steps=1)
@@ -24,56 +23,6 @@ def book(tmp_path, monkeypatch):
     monkeypatch.setitem(training.SIZES, "cpu", TINY)
     with keeping(RunStore(tmp_path), {}) as (found, _):
         yield found
-
-
-def test_the_peak_is_what_lives_at_once():
-    kept = torch.ones(1000)
-
-    def work():
-        one = kept + 1  # 4,000 bytes
-        other = one * 2  # 4,000 more
-        del one
-        kept.add_(other)  # in place: nothing new
-        third = other.double()  # 8,000, beside the 4,000 of the other
-        return third.view(10, 100).sum()  # a view, then 8 bytes
-
-    assert peak_bytes(work, [kept], CPU) == 12_008
-    assert peak_bytes(work, [], CPU) == 16_008, "what is not known is counted when it is first returned"
-
-
-def test_activations_that_are_kept_for_the_backward_pass_count():
-    layers = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)])
-    x = torch.ones(100, 64)
-    one_layer = 100 * 64 * 4
-    forward = peak_bytes(lambda: layers(x), layers.parameters(), CPU)
-    with torch.no_grad():
-        bare = peak_bytes(lambda: layers(x), layers.parameters(), CPU)
-    # a tanh keeps its result, and one more is on its way
-    assert bare <= 3 * one_layer < 6 * one_layer <= forward
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_group_varies_one_thing_from_the_same_beginning(device):
-    size = SIZES[device]
-    found = groups(size, device)
-    base = next(iter(found["optimizer"].values())).options
-    allowed = {
-        "optimizer": {"optimizer"},
-        "activations": {"checkpointing"},
-        f"micro-batch x accumulation to {size.batch}": {"micro_batch", "accumulate"},
-        "precision": {"autocast"},
-        "torch.compile": {"compile", "checkpointing"},
-    }
-    for name, variants in found.items():
-        for variant in variants.values():
-            options = variant.options
-            changed = {
-                field for field in TrainOptions.__dataclass_fields__ if getattr(options, field) != getattr(base, field)
-            }
-            assert changed <= allowed[name]
-            assert options.micro_batch * options.accumulate == size.batch
-        assert base in [variant.options for variant in variants.values()]
-    assert ("torch.compile" in found) == (device == "cuda")
 
 
 def test_every_variant_is_measured_on_the_same_documents(book):
@@ -113,14 +62,14 @@ def test_only_what_is_asked_for_is_measured_and_kept(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_measured_says_why(book, monkeypatch):
-    monkeypatch.setattr(training, "has_bf16", lambda device: False)
+    monkeypatch.setattr(variants, "has_bf16", lambda device: False)
     measure_training(CPU, book, lambda line: None, ["precision"], repeat=1)
     assert [row.note for row in book.rows if row.name == "bfloat16 autocast"] == ["cpu has no fast bfloat16"]
 
     def full(self, batches, rate):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
-    monkeypatch.setattr(training.Stepper, "step", full)
+    monkeypatch.setattr(variants.Stepper, "step", full)
     book.rows.clear()
     measure_training(CPU, book, lambda line: None, ["float32"], repeat=1)
     assert "does not fit the memory (CUDA out of memory" in book.rows[0].note and not book.rows[0].figures
