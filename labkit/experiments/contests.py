@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from labkit.bench.timing import make_timer
+from labkit.experiments.claims import NO_GAIN
 from labkit.experiments.intervals import Estimate, percentile
+from labkit.probes.profiler import quiet
 
 Inputs = tuple[Any, ...]
 Way = Callable[..., Tensor]
@@ -57,6 +59,14 @@ def gain(table: pd.DataFrame, before: str, after: str, x: int) -> Estimate:
     if len(slow) != len(fast) or slow.empty:
         return percentile([], 50, "×")
     return percentile((slow.to_numpy() / fast.to_numpy()).tolist(), 50, "×")
+
+
+def is_faster(gained: Estimate) -> bool | None:
+    """Whether a way is faster, by its ``gain``: yes if the interval lies above 1, no if it leaves room for no more than
+    5 %, and None where it holds both or nothing was measured."""
+    if gained.low > 1:
+        return True
+    return False if gained.high <= NO_GAIN else None
 
 
 def peak_bytes(table: pd.DataFrame, way: str, x: int) -> int | None:
@@ -114,6 +124,7 @@ def allocated(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
+    quiet()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     # The profiler's own events leave out what is freed inside an operator; the record beneath has every change.

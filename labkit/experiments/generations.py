@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from labkit.experiments.claims import Evidence, Verdict, judge_facts, not_testable
-from labkit.experiments.contests import Contest, Way, gain
+from labkit.experiments.contests import Contest, Way, gain, is_faster
 from labkit.kernels.attention_prefill import Tile, dense_attention_triton, dense_kernel
 
 FLASH, CUDNN = "FlashAttention-2 (Ampere)", "cuDNN (Hopper)"
@@ -71,7 +71,7 @@ def judge_generations(table: pd.DataFrame) -> Verdict:
     evidence = []
     for before, after in PAIRS:
         gains = {int(x): gain(table, before, after, int(x)) for x in sorted(table["x"].unique())}
-        facts[f"{after} beats {before} at {longest} tokens"] = gains[longest].low > 1 if gains[longest].n else None
+        facts[f"{after} beats {before} at {longest} tokens"] = is_faster(gains[longest])
         evidence += [Evidence.of(f"{after}, {x} tokens: times faster", each) for x, each in gains.items() if each.n]
     return judge_facts("C42", facts, evidence)
 

@@ -10,9 +10,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from labkit.experiments.claims import Evidence, Verdict, judge_facts, judge_ratio
-from labkit.experiments.contests import Contest, Way, gain, median_seconds, peak_bytes
+from labkit.experiments.contests import Contest, Way, gain, is_faster, median_seconds, peak_bytes
 from labkit.experiments.intervals import percentile
 from labkit.kernels.activation import gelu
 from labkit.kernels.article import LONGEST, OptimizedAttention, materialized_attention
@@ -145,9 +146,9 @@ def judge_softmax(table: pd.DataFrame, shares_of_pass: Sequence[float]) -> Verdi
     longest = int(table["x"].max())
     saved = gain(table, "all scores", "those in sight", longest)
     needed = (longest + 1) / (2 * longest)
-    facts = {
+    facts: dict[str, bool | None] = {
         f"of {longest} tokens' scores {1 - needed:.0%} are masked, and take part all the same": needed < 0.75,
-        "leaving them out is faster": saved.low > 1,
+        "leaving them out is faster": is_faster(saved),
     }
     evidence = (Evidence.of("softmax, times faster", saved), Evidence.of("share of a forward pass", of_pass))
     return judge_facts("C09", facts, evidence)
@@ -268,6 +269,7 @@ def _flex(tokens: int, device: torch.device) -> Way | str:
 def eager_pass(model: str, tokens: int, device: torch.device) -> Callable[[], object]:
     """One forward pass of ``model`` as first deployed (``transformers``, eager attention, float32) over a made-up
     prompt."""
+    logging.disable_progress_bar()
     loaded = load_model_for_generate(open_checkpoint(model), device, torch.float32, "eager")
     ids = torch.randint(loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     return torch.inference_mode()(lambda: loaded(ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 
 import pandas as pd
@@ -23,6 +24,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 OTHER = "other"
 
 
+def quiet() -> None:
+    """Keeps the profiler, if nobody has used it yet, from printing two lines whenever it begins and ends."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
 def operators(call: Callable[[], object]) -> pd.DataFrame:
     """Runs ``call`` once under the profiler. One row an operator, the dearest first.
 
@@ -30,6 +36,7 @@ def operators(call: Callable[[], object]) -> pd.DataFrame:
     itself, without those it called), share (of all self_s). On a machine with a GPU these are the GPU's seconds when
     ``call`` launched any kernel, the CPU's otherwise. Raises what ``call`` raises.
     """
+    quiet()
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(torch.profiler.ProfilerActivity.CUDA)

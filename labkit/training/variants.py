@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -101,19 +101,25 @@ def groups(size: Size, device: str) -> dict[str, dict[str, Variant]]:
     return found
 
 
-def documents(size: Size, steps: int) -> list[Batch]:
-    """The batches of the first ``steps`` steps, the same for every variant."""
+def documents(size: Size, steps: int, seed: int = 1) -> list[Batch]:
+    """The batches of the first ``steps`` steps, the same for every variant; seed 1 is what the lab's models learnt."""
     table = piece_table(train_tokenizer())
-    return [make_batch(table, 1, BUCKET, counter, size.batch) for counter in range(steps)]
+    return [make_batch(table, seed, BUCKET, counter, size.batch) for counter in range(steps)]
 
 
 class VariantRun:
     """One variant's training, which goes on by so many steps when told to. A variant that fails does nothing more."""
 
     def __init__(
-        self, options: TrainOptions, documents: Sequence[Batch], device: torch.device, say: Callable[[str], None]
+        self,
+        options: TrainOptions,
+        documents: Sequence[Batch],
+        device: torch.device,
+        say: Callable[[str], None],
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Takes the warm-up steps, of which the last is measured for memory."""
+        """Takes the warm-up steps, of which the last is measured for memory. ``start``: weights to begin with, in place
+        of random ones."""
         self.speeds: list[float] = []
         self._losses: list[Tensor] = []
         self.peak = self.state = 0
@@ -121,7 +127,10 @@ class VariantRun:
         self._steps = 1
         self._options, self._documents, self._device = options, documents, device
         try:
-            self._stepper = Stepper(Network(options.shape, options.seed).to(device), options)
+            network = Network(options.shape, options.seed)
+            if start is not None:
+                network.load_state_dict(start)
+            self._stepper = Stepper(network.to(device), options)
             if options.compile:
                 self._stepper.compile(say, (BUCKET,))
             for _ in range(WARM_UP - 1):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from labkit.experiments.contests import Contest, allocated, gain, median_seconds, peak_bytes, run_contests
+from labkit.experiments.contests import Contest, allocated, gain, is_faster, median_seconds, peak_bytes, run_contests
+from labkit.experiments.intervals import Estimate
 
 CPU = torch.device("cpu")
 MEGA = 1000 * 1000
@@ -31,6 +32,13 @@ def test_a_way_that_is_four_times_as_fast_is_found_to_be() -> None:
     assert 2.5 < found.low <= found.value <= found.high < 4.5 and found.n == 15
     assert 0.004 <= median_seconds(table, "slow", 3).value < 0.01
     assert set(table["round"]) == set(range(15))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "faster"), [(1.01, 3, True), (0.5, 1.04, False), (0.9, 1.2, None), (math.nan, math.nan, None)]
+)
+def test_faster_is_what_the_interval_leaves_no_doubt_of(low: float, high: float, faster: bool | None) -> None:
+    assert is_faster(Estimate(1.0, low, high, 15, "×")) is faster
 
 
 def test_wrong_results_failures_and_absences_are_notes_and_have_no_time() -> None:

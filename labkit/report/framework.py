@@ -1,0 +1,131 @@
+"""What the notebook on the framework shows of its measurements: frames for figures, tables, and words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from labkit.experiments.contests import gain, is_faster, median_seconds, peak_bytes
+from labkit.experiments.operators import speeds
+from labkit.experiments.training_options import (
+    CHOSEN,
+    KEEPS,
+    Choice,
+    largest_micro,
+    loss_difference,
+    paying,
+    rate_names,
+)
+from labkit.report.tables import Table, digits, interval, quantity
+
+
+def times_frame(table: pd.DataFrame) -> pd.DataFrame:
+    """For ``figures.lines``: name, x, and value, low and high in milliseconds."""
+    found = speeds(table).rename(columns={"way": "name"})
+    found[["value", "low", "high"]] *= 1e3
+    return found
+
+
+def ways_table(table: pd.DataFrame, caption: str) -> Table:
+    """A table of contests at its largest size: every way, its time, memory, and how many times faster than the first;
+    or why it has none."""
+    x, rows = int(table["x"].max()), []
+    first = str(table[table["note"] == ""]["way"].iloc[0])
+    for way in dict.fromkeys(table.sort_values("note", kind="stable")["way"]):  # what was not measured comes last
+        notes = table[(table["way"] == way) & (table["x"] == x) & (table["note"] != "")]["note"]
+        if len(notes):
+            rows.append((way, f"not measured: {notes.iloc[0]}", "–", "–"))
+            continue
+        faster = "1" if way == first else interval(gain(table, first, way, x))
+        most = peak_bytes(table, way, x)
+        rows.append((way, interval(median_seconds(table, way, x)), quantity(most, "bytes"), faster))
+    return Table(("", "time", "memory at most", "times faster than the first"), tuple(rows), caption)
+
+
+def frontier_frame(found: Sequence[Choice], tokens: int) -> pd.DataFrame:
+    """For ``figures.lines``: name (the policy), memory (MiB), and value, low and high in tokens a second."""
+    rows = [
+        (one.policy, one.bytes / 2**20, tokens / one.seconds.value, tokens / one.seconds.high, tokens / one.seconds.low)
+        for one in found
+    ]
+    return pd.DataFrame(rows, columns=["name", "memory", "value", "low", "high"])
+
+
+def policies_table(found: Sequence[Choice], room: int, caption: str) -> Table:
+    """Every policy and size of a part: time and memory of a step, what beats it, and how many documents at a time the
+    device would take at most."""
+    columns = ("", "time of a step", "memory at most", "beaten, in no more memory, by", "most at a time here")
+    rows = []
+    for one in found:
+        most = largest_micro(found, one.policy, room)
+        fits = "–" if math.isnan(most) else digits(most)
+        rows.append((one.way, interval(one.seconds), quantity(one.bytes, "bytes"), one.beaten_by or "nothing", fits))
+    return Table(columns, tuple(rows), caption)
+
+
+def configuration_table(table: pd.DataFrame, caption: str) -> Table:
+    """Every variant of the configuration: time and memory of a step, and how many times as fast the article's is."""
+    x, rows = int(table["x"].max()), []
+    for way in dict.fromkeys(table["way"]):
+        note = str(table[table["way"] == way]["note"].iloc[0])
+        if note:
+            rows.append((way, f"not measured: {note}", "–", "–"))
+            continue
+        against = "–" if way == CHOSEN else interval(gain(table, way, CHOSEN, x))
+        most = peak_bytes(table, way, x)
+        rows.append((way, interval(median_seconds(table, way, x)), quantity(most, "bytes"), against))
+    columns = ("", "time of a step", "memory at most", "the article's against it: times as fast")
+    return Table(columns, tuple(rows), caption)
+
+
+def losses_frame(losses: pd.DataFrame) -> pd.DataFrame:
+    """For ``figures.lines``: name, tokens (thousands), value (nats a token; the mean of three steps, for they differ in
+    their documents)."""
+    parts = []
+    for name, part in losses.groupby("way", sort=False):
+        smooth = part.sort_values("step")["loss"].rolling(3, min_periods=1).mean()
+        parts.append(pd.DataFrame({"name": str(name), "tokens": part["tokens"] / 1e3, "value": smooth}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def when_it_pays(found: Sequence[Choice]) -> str:
+    """In words: where recomputing activations pays, among what was measured."""
+    keeping = min((one for one in found if one.policy == KEEPS), key=lambda one: one.bytes)
+    good = paying(found)
+    if not good:
+        return (
+            "Of what was measured, recomputing pays nowhere: keeping all activations of smaller parts of the batch "
+            f"needs as little memory ({quantity(keeping.bytes, 'bytes')}) and is as fast."
+        )
+    least = min(good, key=lambda one: one.bytes)
+    slower = least.seconds.value / keeping.seconds.value - 1
+    documents = f"{keeping.micro} document{'s' if keeping.micro > 1 else ''}"
+    return (
+        f"Recomputing pays only where not even {documents} at a time fit with all activations kept "
+        f"({quantity(keeping.bytes, 'bytes')}): then *{least.way}* needs {quantity(least.bytes, 'bytes')}, and a step "
+        f"takes {slower:.0%} more time. Where memory is short but not that short, smaller parts of the batch are the "
+        "cheaper way out."
+    )
+
+
+def framework_takeaway(
+    softmax: pd.DataFrame, norms: pd.DataFrame, found: Sequence[Choice], losses: pd.DataFrame
+) -> str:
+    """What to do about each of the four."""
+    longest, most = int(softmax["x"].max()), int(norms["x"].max())
+    saved = gain(softmax, "all scores", "those in sight", longest)
+    fused = gain(norms, "written out", "PyTorch", most)
+    article, ours = rate_names()
+    helps = "does save time" if is_faster(saved) else "alone does not surely save time"
+    return (
+        f"- **Softmax.** Half of the scores of a prompt are masked. Leaving them out {helps} here "
+        f"({digits(saved.value)}× as fast at {longest} tokens); a fused attention kernel does "
+        "that and more, and notebook 04 has it.\n"
+        f"- **LayerNorm.** In one operator it is {digits(fused.value)}× as fast as written out. Use the fused one.\n"
+        f"- **Gradient checkpointing** is for training: a service makes no backward pass. {when_it_pays(found)}\n"
+        "- **The training configuration** does not touch the service either. From nothing, the rate of "
+        f"*{article}* ends {digits(loss_difference(losses).value)} nats a token above *{ours}*: it is made for models "
+        "that are trained already."
+    )
