@@ -54,15 +54,26 @@ def frontier_frame(found: Sequence[Choice], tokens: int) -> pd.DataFrame:
 
 
 def policies_table(found: Sequence[Choice], room: int, caption: str) -> Table:
-    """Every policy and size of a part: time and memory of a step, what beats it, and how many documents at a time the
-    device would take at most."""
-    columns = ("", "time of a step", "memory at most", "beaten, in no more memory, by", "most at a time here")
+    """Every policy and size of a part: time and memory of a step, what recomputing frees and what that costs in time,
+    what beats it, and how many documents at a time the device would take at most."""
+    measured = ("", "time of a step", "memory at most", "freed, for time added")
+    columns = (*measured, "beaten, in no more memory, by", "most at a time here")
     rows = []
     for one in found:
         most = largest_micro(found, one.policy, room)
-        fits = "–" if math.isnan(most) else digits(most)
-        rows.append((one.way, interval(one.seconds), quantity(one.bytes, "bytes"), one.beaten_by or "nothing", fits))
+        fits = f"{most:,.0f}".replace(",", "\u202f") if math.isfinite(most) else "–"
+        row = (one.way, interval(one.seconds), quantity(one.bytes, "bytes"), _bargain(one, found))
+        rows.append((*row, one.beaten_by or "nothing", fits))
     return Table(columns, tuple(rows), caption)
+
+
+def _bargain(one: Choice, found: Sequence[Choice]) -> str:
+    """Memory that a policy frees against keeping everything in parts of the same size, and the time that it adds."""
+    keeping = [other for other in found if other.policy == KEEPS and other.micro == one.micro and one.policy != KEEPS]
+    if not keeping:
+        return "–"
+    freed, added = 1 - one.bytes / keeping[0].bytes, one.seconds.value / keeping[0].seconds.value - 1
+    return f"{freed:.0%}, for {added:+.0%}"
 
 
 def configuration_table(table: pd.DataFrame, caption: str) -> Table:

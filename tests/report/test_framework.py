@@ -7,7 +7,8 @@ import math
 import pandas as pd
 import pytest
 
-from labkit.experiments.training_options import rate_names
+from labkit.experiments.intervals import percentile
+from labkit.experiments.training_options import KEEPS, Choice, rate_names
 from labkit.report import framework
 
 ABSENT = "on CUDA only"
@@ -48,6 +49,24 @@ def test_a_table_of_ways_is_that_of_the_largest_size_and_ends_with_what_is_absen
     assert table.caption == "this machine"
 
 
+def test_a_policy_is_shown_with_what_it_frees_and_what_that_costs() -> None:
+    found = [
+        Choice(f"{policy} {micro}", policy, micro, percentile([seconds] * 15, 50, "s"), most, beaten)
+        for policy, micro, seconds, most, beaten in (
+            (KEEPS, 1, 1.0, 100, ""),
+            (KEEPS, 2, 1.0, 200, ""),
+            ("recomputes", 1, 1.3, 75, ""),
+            ("recomputes", 2, 1.2, 120, f"{KEEPS} 1"),
+        )
+    ]
+    rows = framework.policies_table(found, 1000, "here").rows
+    assert [row[3] for row in rows] == ["–", "–", "25%, for +30%", "40%, for +20%"]
+    assert [row[4] for row in rows] == ["nothing", "nothing", "nothing", f"{KEEPS} 1"]
+    assert [row[5] for row in rows] == ["10", "10", "21", "21"]
+    frame = framework.frontier_frame(found, 1000)
+    assert frame["value"].tolist() == pytest.approx([1000, 1000, 1000 / 1.3, 1000 / 1.2])
+
+
 def losses(article: float, ours: float) -> pd.DataFrame:
     rows = [
         (way, step, step * 1000, loss + step % 2)
@@ -68,9 +87,7 @@ def test_losses_are_smoothed_each_by_itself() -> None:
 @pytest.mark.parametrize("seconds, words", [(0.5, "does save time here (2.00×"), (1.1, "does not surely save time")])
 def test_the_takeaway_follows_the_numbers(seconds: float, words: str) -> None:
     softmax = contests({("all scores", 512): 1.0, ("those in sight", 512): seconds})
-    choice = framework.Choice(
-        "keeps all activations, 1 at a time", framework.KEEPS, 1, framework.median_seconds(NORMS, "PyTorch", 64), 9
-    )
+    choice = Choice("keeps all activations, 1 at a time", KEEPS, 1, percentile([1.0] * 9, 50, "s"), 9)
     text = framework.framework_takeaway(softmax, NORMS, [choice], losses(5.0, 2.0))
     assert words in text and "it is 3.00× as fast as written out" in text
     assert "ends 3.00 nats a token above" in text and "pays nowhere" in text
