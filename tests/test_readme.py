@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,11 +20,20 @@ from typing import TextIO
 
 import nbformat
 import pytest
+from typer.testing import CliRunner
+
+from labkit.cli import app
+from labkit.training.modeldir import write_model
+from labkit.training.network import Network, Shape
+from labkit.training.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PAGES = ("README.md", "CONTRIBUTING.md")
 SERVE = "labkit serve data/models/ledger-r1 --port 8000"
+SERVE_SMALL = "labkit serve build/ledger-r1-4bit --port 8000"
+# Benches of something else than the engine -> the one case that is run here.
+BENCHES = {"labkit bench linear": "M=64", "labkit bench training": "fused"}
 
 # Run by .ci/run itself, or what those targets begin with.
 IN_CI = {"make install", "make lab", "make lint", "make test", "make test-peers"}
@@ -54,6 +64,18 @@ def shell(command: str, cwd: Path = ROOT, timeout: float = 120) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
+
+
+def labkit(command: str) -> str:
+    """What a command prints, run in this process: loading torch for each takes longer than most of them."""
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, f"{command}\n{done.output[-2000:]}\n{done.exception!r}"
+    return done.output
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
@@ -113,7 +135,7 @@ def test_every_command_is_run_by_a_test_of_this_file():
     assert set(re.findall(r"make ([a-z-]+)", " ".join(IN_CI))) - {"install"} == set(
         re.search(r"for target in (.*); do", (ROOT / ".ci/run").read_text())[1].split()
     )
-    known = ("serve", "load", "ladder", "bench", "run", "report", "train", "evaluate")
+    known = ("serve", "load", "ladder", "bench", "run", "report", "train", "evaluate", "quantize", "distill")
     assert {command.split()[1] for command in shown("labkit ")} == set(known)
 
 
@@ -148,16 +170,24 @@ def test_the_ladder_is_walked(tmp_path):
         assert "all 2" in said and "times better" in said
 
 
-@pytest.mark.parametrize("command", shown("labkit bench"))
+@pytest.mark.parametrize("command", [each for each in shown("labkit bench") if each not in BENCHES])
 def test_the_engine_is_benched(command, tmp_path, tiny_model):
     """A request or two instead of all, and the shipped model or a tiny one where a shape would need a GPU."""
     small = re.sub(r"throughput decode --random-weights \S+", f"decode --model {tiny_model}", command)
     small = re.sub(r" --(requests|repeat) \d+", "", small)
-    said = shell(f"{small} --requests 1 --repeat 1 --peers none --device cpu --runs {tmp_path}", timeout=300)
+    said = labkit(f"{small} --requests 1 --repeat 1 --peers none --device cpu --runs {tmp_path}")
     assert "output tokens/s" in said and "kept as" in said
 
 
-@pytest.mark.parametrize("command", [each for each in shown("labkit serve") if each != SERVE])
+@pytest.mark.parametrize("command", BENCHES)
+def test_other_things_are_benched(command, tmp_path):
+    """One case of each, once."""
+    assert command in shown("labkit bench")
+    said = labkit(f"{command} --only {BENCHES[command]} --repeat 1 --peers none --device cpu --runs {tmp_path}")
+    assert BENCHES[command] in said and "kept as" in said
+
+
+@pytest.mark.parametrize("command", [each for each in shown("labkit serve") if each not in (SERVE, SERVE_SMALL)])
 def test_the_other_ways_to_serve(command, port, tiny_model):
     """A tiny model stands in for your own and for one of a hub, and the CPU for GPUs."""
     command = command.replace("path/to/model", str(tiny_model)).replace("8000", str(port))
@@ -187,16 +217,74 @@ def test_notebooks_are_run_and_reported(tmp_path):
     assert (tmp_path / "site" / "index.html").exists()
 
 
-def test_the_model_is_trained_and_evaluated(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Stands for build/ in the commands below, which fill it in the order of the pages."""
+    return tmp_path_factory.mktemp("made")
+
+
+def evaluated(of: str, made: Path, teacher: str, more: str) -> list[str]:
+    """What the commands that evaluate ``of`` print; ``teacher`` stands for the shipped model and for one of yours."""
+    found = [each for each in shown("labkit evaluate") if each.split()[2] == of]
+    assert found
+    said = []
+    for command in found:
+        small = re.sub(r" --(problems|buckets|text) \S+", "", command).replace("build/", f"{made}/")
+        small = small.replace("data/models/ledger-r1", teacher).replace("path/to/model", teacher)
+        said.append(labkit(f"{small} --device cpu {more}"))
+    return said
+
+
+ONE = "--problems 1 --buckets short"
+
+
+def test_the_model_is_trained_and_evaluated(made, tmp_path):
     """Two steps of a small batch, and one problem, instead of all of them."""
-    out = tmp_path / "ledger-r1"
     for command in shown("labkit train"):
-        shell(
-            f"{command.replace('build/ledger-r1', str(out))} --steps 2 --batch-tokens 1024 --device cpu"
-            f" --processes 0 --runs {tmp_path}/runs"
-        )
-    for command in shown("labkit evaluate"):
-        shell(f"{command.replace('build/ledger-r1', str(out))} --problems 1 --buckets short --device cpu")
+        small = command.replace("build/", f"{made}/")
+        labkit(f"{small} --steps 2 --batch-tokens 1024 --device cpu --processes 0 --runs {tmp_path}")
+    for said in evaluated("build/ledger-r1", made, "", ONE):
+        assert "/1 " in said
+
+
+def test_the_model_is_quantised_served_and_compared(made, tmp_path, port):
+    """One that has learnt nothing stands in for the shipped one, a single text for the 24."""
+    beginner = tmp_path / "ledger-r1"
+    write_model(
+        Network(Shape(hidden=128, layers=1, heads=2, kv_heads=1, intermediate=128)), train_tokenizer(), beginner
+    )
+    for command in (each for each in shown("labkit quantize") if "path/to" not in each):
+        small = command.replace("data/models/ledger-r1", str(beginner)).replace("build/", f"{made}/")
+        said = labkit(f"{small.replace('--sequences 24', '--sequences 1')} --device cpu")
+        assert "GPTQ / RTN" in said and "written to" in said
+    serve = next(each for each in shown("labkit serve") if each == SERVE_SMALL)
+    serve = serve.replace("8000", str(port)).replace("build/", f"{made}/")
+    with running(serve, f"http://127.0.0.1:{port}/health"):
+        assert '"ledger-r1-4bit"' in shell(f"curl -s http://127.0.0.1:{port}/v1/models")
+    for said in evaluated("build/ledger-r1-4bit", made, str(beginner), ONE):
+        assert "McNemar" in said and "same first choice" in said
+
+
+def test_a_model_of_your_own_is_quantised_and_compared(made, tmp_path, tiny_model):
+    """This README stands in for your texts."""
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "README.md").read_text()[:1500])
+    for command in (each for each in shown("labkit quantize") if "path/to" in each):
+        small = command.replace("path/to/model", str(tiny_model)).replace("build/", f"{made}/")
+        small = small.replace("calibration.txt", str(text))
+        assert "written to" in labkit(f"{small} --group-size 32 --sequences 2 --length 64 --device cpu")
+    for said in evaluated("build/model-4bit", made, str(tiny_model), f"--text {text}"):
+        assert "perplexity" in said and "same first choice" in said
+
+
+def test_a_student_is_taught_and_compared(made, tmp_path):
+    """Two steps of one short text each."""
+    for command in shown("labkit distill"):
+        small = re.sub(r"--steps \d+", "--steps 2", command).replace("build/", f"{made}/")
+        options = "--micro-batch 1 --accumulate 1 --device cpu --processes 0"
+        labkit(f"{small} {options} --runs {tmp_path}")
+    for said in evaluated("build/ledger-r1-mini", made, str(ROOT / "data/models/ledger-r1"), ONE):
+        assert "McNemar" in said
 
 
 def test_jupyter_opens_on_the_notebooks(port):
