@@ -215,7 +215,7 @@ def test_a_reader_of_another_format_would_be_noticed(name, written):
     checkpoint, tokens = written[name] / "checkpoint", np.load(written[name] / "tokens.npy")
     found = error(logits_of(plain(checkpoint, less_one=0), tokens), logits_of(plain(checkpoint), tokens))
     print(f"read as v2, {name}: {found:.1f}")
-    assert found > 10 * max(allowed for _, allowed in READERS.values())
+    assert found > 5 * max(allowed for _, allowed in READERS.values())
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if name != "tiny-shards"])
