@@ -1,0 +1,81 @@
+"""A student against its teacher, and the rule of C41."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from labkit.experiments import student
+from labkit.experiments.intervals import Estimate
+from labkit.experiments.student import STUDENT, TEACHER
+
+
+def made_up(teacher: str, taught: str) -> pd.DataFrame:
+    """A character a problem, 1 for right; half of them short, half medium."""
+    rows = [
+        (name, "short" if i % 2 else "medium", i // 2, mark == "1")
+        for name, marks in ((TEACHER, teacher), ("another", teacher), (STUDENT, taught))
+        for i, mark in enumerate(marks)
+    ]
+    return pd.DataFrame(rows, columns=["deployment", "bucket", "index", "right"])
+
+
+def kept_of(teacher: str, taught: str) -> Estimate:
+    table = made_up(teacher, taught)
+    return student.accuracy_kept(
+        student.with_teacher(table[table["deployment"] != STUDENT], table.query("deployment == 'student'"))
+    )
+
+
+def speeds(times: dict[int, float]) -> pd.DataFrame:
+    """Batch -> how many times as fast the student is."""
+    rows = [
+        (way, x, turn, faster if way == TEACHER else 1.0, 0, "")
+        for x, faster in times.items()
+        for way in (TEACHER, STUDENT)
+        for turn in range(6)
+    ]
+    return pd.DataFrame(rows, columns=["way", "x", "round", "seconds", "bytes", "note"])
+
+
+def test_what_is_kept_is_a_ratio_of_right_answers_with_a_paired_interval() -> None:
+    half = kept_of("11110000" * 50, "11000000" * 50)
+    assert half.value == 0.5 and half.n == 400 and 0.4 < half.low < 0.5 < half.high < 0.6
+    # where both are right on the same problems nothing is left to chance, however few the teacher has right
+    alike = kept_of("10" * 50, "10" * 50)
+    assert (alike.low, alike.value, alike.high) == (1, 1, 1)
+    assert math.isnan(kept_of("0000", "1100").value)
+
+
+@pytest.mark.parametrize(
+    ("taught", "faster", "outcome"),
+    [
+        ("1" * 99 + "0", 5.0, "confirmed"),
+        ("1" * 99 + "0", 3.0, "partly"),
+        ("1" * 30 + "0" * 70, 5.0, "partly"),
+        ("1" * 30 + "0" * 70, 3.0, "refuted"),
+        ("1" * 91 + "0" * 9, 5.0, "no verdict"),
+    ],
+)
+def test_both_limits_decide(taught: str, faster: float, outcome: str) -> None:
+    verdict = student.judge_student(kept_of("1" * 100, taught), speeds({1: 9.0, 32: faster}))
+    assert verdict.outcome == outcome
+    assert [item.value for item in verdict.evidence] == pytest.approx([taught.count("1"), faster, 9.0])
+
+
+def test_too_few_repeats_and_a_teacher_that_knows_nothing_decide_nothing() -> None:
+    few = speeds({32: 5.0}).query("round < 3")
+    assert student.judge_student(kept_of("1" * 100, "1" * 100), few).outcome == "no verdict"
+    assert student.judge_student(kept_of("0" * 100, "1" * 100), speeds({32: 5.0})).outcome == "no verdict"
+
+
+def test_a_student_that_is_not_there_leaves_the_claim_open(tmp_path: Path) -> None:
+    assert student.find_student("mini", tmp_path) is None
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini" / "config.json").write_text("{}")
+    assert student.find_student("mini", tmp_path) == tmp_path / "mini"
+    verdict = student.no_student("data/models/mini")
+    assert verdict.outcome == "not testable here" and "labkit distill" in verdict.reason

@@ -1,0 +1,84 @@
+"""Tables, frames and sentences of the algorithm layer, from tables made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from labkit.experiments.decode_speed import FIRST
+from labkit.experiments.intervals import Estimate
+from labkit.experiments.operators import ARTICLE, PYTORCH, SDPA
+from labkit.experiments.student import STUDENT
+from labkit.experiments.weights import GPTQ, ORIGINAL, RTN
+from labkit.report import algorithm
+
+
+def contest(times: dict[tuple[str, int], tuple[float, int]], notes: dict[tuple[str, int], str] | None = None):
+    rows = [(way, x, turn, *found, "") for (way, x), found in times.items() for turn in range(6)]
+    rows += [(way, x, -1, math.nan, 0, note) for (way, x), note in (notes or {}).items()]
+    return pd.DataFrame(rows, columns=["way", "x", "round", "seconds", "bytes", "note"])
+
+
+ATTENTION = contest(
+    {(SDPA, 1024): (0.001, 2**20), (ARTICLE, 1024): (0.004, 2**20), (SDPA, 2048): (0.004, 2**21),
+     (ARTICLE, 2048): (0.02, 2**22), (SDPA, 4096): (0.016, 2**22)},
+    {(ARTICLE, 4096): "its mask is too small"},
+)  # fmt: skip
+CACHE = contest({(PYTORCH, 8): (0.001, 0), ("lru_cache", 8): (0.05, 0)})
+ANSWERS = pd.DataFrame(
+    [(name, "short", i, i >= wrong) for name, wrong in ((ORIGINAL, 0), (RTN, 20), (GPTQ, 3), (STUDENT, 10))
+     for i in range(100)], columns=["deployment", "bucket", "index", "right"],
+)  # fmt: skip
+SPEED = contest({(FIRST, 1): (8.0, 400), (ORIGINAL, 1): (2.0, 400), (GPTQ, 1): (1.0, 100), (ORIGINAL, 4): (4.0, 400),
+                 (GPTQ, 4): (4.0, 100)})  # fmt: skip
+
+
+def test_a_way_that_did_not_run_says_why_in_its_place() -> None:
+    times, memory = algorithm.times_table(ATTENTION, "tokens"), algorithm.memory_table(ATTENTION, "tokens")
+    assert times.columns == ("", SDPA, ARTICLE) and [row[0] for row in times.rows][-1] == "4096\u00a0tokens"
+    assert times.rows[-1][2] == memory.rows[-1][2] == "its mask is too small"
+    assert times.rows[1][1].startswith("4.00\u00a0ms") and memory.rows[1][2] == "4.00\u00a0MiB"
+    frame = algorithm.times_frame(ATTENTION, "tokens")
+    assert len(frame) == 5 and frame["value"].max() == pytest.approx(20)
+    assert algorithm.memory_frame(ATTENTION, "tokens")["value"].max() == 4
+
+
+def test_errors_of_a_layer_are_shares_of_its_output() -> None:
+    lines = [
+        {"layer": 0, "rtn_error": 0.0004, "gptq_error": 0.0001}, {"layer": 0, "rtn_error": 0.0016, "gptq_error": None},
+    ]  # fmt: skip
+    frame = algorithm.layers_frame(lines)
+    assert frame.round(6).values.tolist() == [[0, "round to nearest", 3.0, 2.0, 4.0], [0, "GPTQ", 1.0, 1.0, 1.0]]
+
+
+def test_accuracy_is_compared_problem_by_problem() -> None:
+    table = algorithm.accuracy_table(ANSWERS)
+    assert [row[0] for row in table.rows] == [ORIGINAL, RTN, GPTQ]
+    gptq = dict(zip(table.columns, table.rows[2], strict=True))
+    assert gptq["short\u00a0(100)"].startswith("97.0") and gptq["points lost"].startswith("3.00\n")
+    assert (gptq[f"right: {ORIGINAL} only"], gptq["right: this one only"], gptq["McNemar p"]) == ("3", "0", "0.25")
+    assert algorithm.lost_frame(ANSWERS)["value"].tolist() == pytest.approx([20, 3])
+
+
+def test_speed_is_shown_against_both_baselines() -> None:
+    table = algorithm.speed_table(SPEED, 10, algorithm.weights_of("a shape"))
+    one = dict(zip(table.columns, table.rows[0], strict=True))
+    assert one[f"{GPTQ} against {ORIGINAL}"].startswith("2.00×") and one[f"{GPTQ} against {FIRST}"].startswith("8.00×")
+    assert one[GPTQ].startswith("10.0\u00a0tokens/s")
+    four = dict(zip(table.columns, table.rows[1], strict=True))
+    assert four[FIRST] == four[f"{GPTQ} against {FIRST}"] == "–"
+    assert table.rows[2][0] == "weights" and "random weights of the shape of a shape" in table.caption
+
+
+def test_the_takeaway_is_computed() -> None:
+    text = algorithm.algorithm_takeaway(ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED)
+    assert "at 2048 tokens" in text and "5.00× as fast as the article's code" in text and "50.0× slower" in text
+    assert "cost 3.0 points" in text and "2.00× as fast in the same engine, 8.00× as fast" in text
+    assert "student" not in text
+    student = contest({(ORIGINAL, 32): (6.0, 0), (STUDENT, 32): (2.0, 0)})
+    taught = algorithm.algorithm_takeaway(
+        ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED, Estimate(0.9, 0.8, 1.0, 100, "share"), student
+    )
+    assert "keeps 90.0\u00a0%" in taught and "3.00× its speed at a batch of 32" in taught
