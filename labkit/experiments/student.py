@@ -13,7 +13,7 @@ from labkit.experiments.intervals import RESAMPLES, Estimate
 from labkit.experiments.weights import ORIGINAL
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TEACHER, STUDENT = ORIGINAL, "student"
+TEACHER, STUDENT = "teacher", "student"
 KEPT = 0.9
 BATCH = 32
 """The claim is judged at this batch size: a service under load, which is where speed is needed."""
@@ -26,8 +26,10 @@ def find_student(directory: str, root: Path = ROOT) -> Path | None:
 
 
 def with_teacher(teacher: pd.DataFrame, student: pd.DataFrame) -> pd.DataFrame:
-    """The teacher's answers (of ``weights.ask``, others in the table left out) and the student's in one table."""
-    return pd.concat([teacher[teacher["deployment"] == TEACHER], student], ignore_index=True)
+    """The student's answers and those of the model with its original weights, which is the teacher, in one table.
+    Both are tables of ``weights.ask``."""
+    taught_by = teacher[teacher["deployment"] == ORIGINAL].assign(deployment=TEACHER)
+    return pd.concat([taught_by, student], ignore_index=True)
 
 
 def accuracy_kept(answers: pd.DataFrame, student: str = STUDENT, teacher: str = TEACHER, seed: int = 0) -> Estimate:

@@ -54,7 +54,9 @@ def quantize_to(
         random_weights=random_weights,
     )
     with redirect_stderr(sys.stdout):  # its progress is no error, and a notebook would paint it as one
-        return quantize(options)
+        report = quantize(options)
+    free()
+    return report
 
 
 def in_four_bits(deployment: Deployment, gptq: Path | str) -> dict[str, Deployment]:

@@ -95,8 +95,8 @@ def lost_frame(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def speed_table(table: pd.DataFrame, new_tokens: int, weights: str) -> Table:
-    """One row a batch size: tokens written a second by each deployment, and GPTQ against both baselines; the last row is
-    the memory that the weights take. ``weights``: whose they are, for the caption."""
+    """One row a batch size: tokens written a second by each deployment, and GPTQ against both baselines; the last row
+    is the memory that the weights take. ``weights``: whose they are, for the caption."""
     return _speeds(table, new_tokens, [(ORIGINAL, GPTQ), (FIRST, GPTQ)], weights)
 
 
@@ -138,7 +138,7 @@ def algorithm_takeaway(
         largest = int(student_speed["x"].max())
         lines.append(
             f"**The student** keeps {quantity(kept.value, 'share')} of its teacher's right answers, at "
-            f"{_times(gain(student_speed, ORIGINAL, STUDENT, largest))} its speed at a batch of {largest}."
+            f"{_times(gain(student_speed, TEACHER, STUDENT, largest))} its speed at a batch of {largest}."
         )
     return "\n\n".join(lines)
 

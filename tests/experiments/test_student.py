@@ -11,23 +11,18 @@ import pytest
 from labkit.experiments import student
 from labkit.experiments.intervals import Estimate
 from labkit.experiments.student import STUDENT, TEACHER
+from labkit.experiments.weights import GPTQ, ORIGINAL
 
 
-def made_up(teacher: str, taught: str) -> pd.DataFrame:
+def answers(name: str, marks: str) -> pd.DataFrame:
     """A character a problem, 1 for right; half of them short, half medium."""
-    rows = [
-        (name, "short" if i % 2 else "medium", i // 2, mark == "1")
-        for name, marks in ((TEACHER, teacher), ("another", teacher), (STUDENT, taught))
-        for i, mark in enumerate(marks)
-    ]
+    rows = [(name, "short" if i % 2 else "medium", i // 2, mark == "1") for i, mark in enumerate(marks)]
     return pd.DataFrame(rows, columns=["deployment", "bucket", "index", "right"])
 
 
 def kept_of(teacher: str, taught: str) -> Estimate:
-    table = made_up(teacher, taught)
-    return student.accuracy_kept(
-        student.with_teacher(table[table["deployment"] != STUDENT], table.query("deployment == 'student'"))
-    )
+    others = pd.concat([answers(ORIGINAL, teacher), answers(GPTQ, "0" * len(teacher))])
+    return student.accuracy_kept(student.with_teacher(others, answers(STUDENT, taught)))
 
 
 def speeds(times: dict[int, float]) -> pd.DataFrame:

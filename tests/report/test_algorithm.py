@@ -10,7 +10,7 @@ import pytest
 from labkit.experiments.decode_speed import FIRST
 from labkit.experiments.intervals import Estimate
 from labkit.experiments.operators import ARTICLE, PYTORCH, SDPA
-from labkit.experiments.student import STUDENT
+from labkit.experiments.student import STUDENT, TEACHER
 from labkit.experiments.weights import GPTQ, ORIGINAL, RTN
 from labkit.report import algorithm
 
@@ -69,6 +69,8 @@ def test_speed_is_shown_against_both_baselines() -> None:
     assert one[GPTQ].startswith("10.0\u00a0tokens/s")
     four = dict(zip(table.columns, table.rows[1], strict=True))
     assert four[FIRST] == four[f"{GPTQ} against {FIRST}"] == "–"
+    rivals = algorithm.student_table(contest({(TEACHER, 1): (4.0, 8), (STUDENT, 1): (1.0, 2)}), 10)
+    assert rivals.columns[-1] == "student against teacher" and rivals.rows[0][-1].startswith("4.00×")
     assert table.rows[2][0] == "weights" and "random weights of the shape of a shape" in table.caption
 
 
@@ -77,7 +79,7 @@ def test_the_takeaway_is_computed() -> None:
     assert "at 2048 tokens" in text and "5.00× as fast as the article's code" in text and "50.0× slower" in text
     assert "cost 3.0 points" in text and "2.00× as fast in the same engine, 8.00× as fast" in text
     assert "student" not in text
-    student = contest({(ORIGINAL, 32): (6.0, 0), (STUDENT, 32): (2.0, 0)})
+    student = contest({(TEACHER, 32): (6.0, 0), (STUDENT, 32): (2.0, 0)})
     taught = algorithm.algorithm_takeaway(
         ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED, Estimate(0.9, 0.8, 1.0, 100, "share"), student
     )
