@@ -30,6 +30,8 @@ def lesson(manifest: dict[str, Any]) -> str:
     if options["hard"]:
         parts.append(f"{options['hard']:g} × cross-entropy of the right token")
     text = " + ".join(parts)
+    if options.get("hints"):
+        text += f" + {options['hints']:g}, falling to 0, × squared distance between the states of layers"
     if options["on_policy"]:
         text += f"; {options['on_policy']:.0%} of the batches with completions that the student wrote"
     return text

@@ -122,6 +122,10 @@ def distill(
     on_policy: Annotated[
         float | None, typer.Option(help="Share of batches whose completions the student writes itself.")
     ] = None,
+    hints: Annotated[
+        float | None,
+        typer.Option(help="Weight of the distance between states of the layers, in the first part of the training."),
+    ] = None,
     steps: Steps = None,
     max_seconds: MaxSeconds = None,
     lr: Rate = None,
@@ -158,6 +162,7 @@ def distill(
             "soft": soft,
             "hard": hard,
             "on_policy": on_policy,
+            "hints": hints,
             "copy_layers": _layers(copy_layers),
         },
         steps=steps,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from labkit.errors import UserError
 from labkit.training.decoding import greedy
@@ -30,6 +30,8 @@ STUDENTS = {
         lr=2e-3, shape=Shape(layers=2, hidden=384, heads=6, kv_heads=2, intermediate=768), distill=DistillOptions()
     ),
 }
+HINTED = 0.6
+"""Of a training, the part in which hints count."""
 LONGEST_COMPLETION = 176
 """Tokens that a student writes at most where it writes its own completions; the longest right one has fewer."""
 
@@ -179,23 +181,34 @@ class Distillation:
         # on the device from the start: a scalar sent in every step would have the host wait for it
         self._hard = torch.tensor(options.hard, device=next(network.parameters()).device)
         self._none = torch.zeros_like(self._hard)
+        self._hinted = hinted_layers(network.shape.layers, teacher.network.shape.layers) if options.hints else ()
+        self._bridges = _bridges(network, teacher.network, len(self._hinted))
+        # of the network while it learns, so that they are learnt and kept with it; no part of the model
+        network.add_module("hints", self._bridges)
 
-    def inputs(self, ids: Tensor, weights: Tensor, key: str | None) -> tuple[Tensor, ...]:
-        """Documents, weights and how much right tokens count: of completions that the student writes there are none."""
+    def inputs(self, ids: Tensor, weights: Tensor, key: str | None, done: float) -> tuple[Tensor, ...]:
+        """Documents, weights, how much right tokens count (of completions that the student writes there are none) and
+        how much hints do."""
         hard = self._hard
         if key is not None and random.Random(f"on-policy/{self._seed}/{key}").random() < self._options.on_policy:
             ids, weights = written_by(self._student, ids, weights, self._stop)
             hard = self._none
-        return ids, weights, hard
+        hints = self._options.hints * max(0.0, 1 - done / HINTED)
+        return ids, weights, hard, torch.full_like(self._hard, hints)
 
-    def loss(self, ids: Tensor, weights: Tensor, hard: Tensor) -> Tensor:
+    def loss(self, ids: Tensor, weights: Tensor, hard: Tensor, hints: Tensor) -> Tensor:
         """Float32 scalar, nats; teacher and student in one pass."""
         with torch.no_grad():
-            wise = self._teacher(ids)
-        logits = self._student(ids)
+            theirs = self._teacher.states(ids)
+            wise = self._teacher.logits(theirs[-1])
+        ours = self._student.states(ids)
+        logits = self._student.logits(ours[-1])
         temperature = self._options.temperature
         soft = self._options.soft * temperature**2 * divergence(logits, wise, temperature)
-        return weighted_mean(soft + hard * next_token_losses(logits, ids), weights)
+        loss = weighted_mean(soft + hard * next_token_losses(logits, ids), weights)
+        for bridge, (own, layer) in zip(self._bridges, self._hinted, strict=True):
+            loss = loss + hints * distance(bridge(ours[own]), theirs[layer]) / len(self._hinted)
+        return loss
 
     def facts(self) -> dict[str, Any]:
         """What the card of the student says of its teacher."""
@@ -207,6 +220,34 @@ class Distillation:
             "exact_match": about.exact_match,
         }
         return {"teacher": teacher, "copied": list(self._copied)}
+
+
+def hinted_layers(few: int, many: int) -> tuple[tuple[int, int], ...]:
+    """Layers of the student, each with the one of the teacher that it should have come as far as; the last, whose state
+    is for the next token alone, is left out."""
+    return tuple((own, round((own + 1) * many / few) - 1) for own in range(few - 1))
+
+
+def _bridges(student: Network, teacher: Network, count: int) -> nn.ModuleList:
+    """Maps from the student's states to the teacher's."""
+    found = nn.ModuleList(nn.Linear(student.shape.hidden, teacher.shape.hidden) for _ in range(count))
+    generator = torch.Generator().manual_seed(0)
+    for bridge in found:
+        nn.init.normal_(bridge.weight, std=student.shape.hidden**-0.5, generator=generator)  # type: ignore[arg-type]
+        nn.init.zeros_(bridge.bias)  # type: ignore[arg-type]
+    return found.to(next(student.parameters()).device)
+
+
+def distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared distance of states [B, L, hidden], float32 scalar: the hints of FitNets,
+    https://arxiv.org/abs/1412.6550.
+
+    The teacher's are put to the same length at every token, and then to mean 0 and variance 1 in every dimension: a few
+    tokens and dimensions are far louder than the others, and no more important.
+    """
+    teacher = F.rms_norm(teacher.float(), teacher.shape[-1:])
+    variance, mean = torch.var_mean(teacher, dim=(0, 1), keepdim=True)
+    return (student.float() - (teacher - mean) * torch.rsqrt(variance + 1e-6)).square().mean()
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

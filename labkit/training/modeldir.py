@@ -26,7 +26,8 @@ def write_model(network: Network, tokenizer: Tokenizer, directory: Path) -> None
     # what stands there is no model while its files are replaced
     (directory / "config.json").unlink(missing_ok=True)
     weights = {
-        name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in network.named_parameters()
+        f"model.{name}": value.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, value in network.model.named_parameters()
     }
     _write_weights(weights, directory)
     write_tokenizer(tokenizer, directory)

@@ -167,12 +167,21 @@ class Network(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, L, vocabulary] of token ids int64 [B, L]."""
+        return self.logits(self.states(ids)[-1])
+
+    def states(self, ids: Tensor) -> list[Tensor]:
+        """What every layer leaves for the next, [B, L, hidden] each, of token ids int64 [B, L]."""
         length = ids.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
-        x = self.model.embed_tokens(ids)
+        x, found = self.model.embed_tokens(ids), []
         for index, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, self._forgets(index))
-        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+            found.append(x)
+        return found
+
+    def logits(self, last: Tensor) -> Tensor:
+        """Logits [..., vocabulary] of the last layer's state [..., hidden]."""
+        return F.linear(self.model.norm(last), self.model.embed_tokens.weight)
 
     def _forgets(self, index: int) -> str:
         if not (self.training and torch.is_grad_enabled()):

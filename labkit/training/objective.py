@@ -13,10 +13,11 @@ from labkit.training.network import Network, weighted_loss
 class Objective(Protocol):
     """A loss over documents. One object serves a whole training, in every step alike."""
 
-    def inputs(self, ids: Tensor, weights: Tensor, key: str | None) -> tuple[Tensor, ...]:
+    def inputs(self, ids: Tensor, weights: Tensor, key: str | None, done: float) -> tuple[Tensor, ...]:
         """What ``loss`` takes, of documents int64 [B, L] and weights uint8 [B, L], not compiled.
 
-        ``key`` names the batch; None is a batch made up to compile for.
+        ``key`` names the batch; None is a batch made up to compile for. ``done`` is the fraction of the training that
+        lies behind.
         """
 
     @property
@@ -33,7 +34,7 @@ class NextToken:
     def __init__(self, network: Network) -> None:
         self._network = network
 
-    def inputs(self, ids: Tensor, weights: Tensor, key: str | None) -> tuple[Tensor, ...]:
+    def inputs(self, ids: Tensor, weights: Tensor, key: str | None, done: float) -> tuple[Tensor, ...]:
         """The documents as they are."""
         return ids, weights
 

@@ -23,9 +23,10 @@ class DistillOptions:
 
     The loss of a token is ``soft`` times the forward divergence KL(teacher || student) at ``temperature``, times the
     square of it, plus ``hard`` times the cross-entropy of the right token. ``on_policy`` is the share of batches whose
-    completions the student writes itself, to be told by the teacher what should have come next. ``copy_layers`` are the
-    layers of the teacher that the student's begin as: None spreads them from first to last, () begins from nothing.
-    ``teacher`` is its name, ``digest`` that of its weights.
+    completions the student writes itself, to be told by the teacher what should have come next. ``hints`` weighs how
+    far the states of the student's layers are from those of the teacher's, and falls to 0 until ``HINTED`` of the
+    training is done. ``copy_layers`` are the layers of the teacher that the student's begin as: None spreads them from
+    first to last, () begins from nothing. ``teacher`` is its name, ``digest`` that of its weights.
     """
 
     teacher: str = ""
@@ -34,6 +35,7 @@ class DistillOptions:
     soft: float = 0.5
     hard: float = 0.5
     on_policy: float = 0.0
+    hints: float = 0.0
     copy_layers: tuple[int, ...] | None = None
 
 
@@ -170,6 +172,7 @@ def _check_shape(shape: Shape) -> None:
 def _check_distill(distill: DistillOptions, shape: Shape) -> None:
     _require(distill.temperature > 0, "--temperature must be above 0")
     _require(min(distill.soft, distill.hard) >= 0, "--soft and --hard must be 0 or more")
+    _require(distill.hints >= 0, "--hints must be 0 or more")
     _require(distill.soft + distill.hard > 0, "--soft and --hard cannot both be 0: nothing would be learnt")
     _require(0 <= distill.on_policy < 1, "--on-policy must be at least 0 and below 1")
     _require(distill.soft > 0 or not distill.on_policy, "--on-policy needs --soft: such tokens have no right answer")

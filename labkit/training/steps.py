@@ -37,8 +37,9 @@ class Stepper:
         self._objective = objective or NextToken(network)
         self._loss = self._objective.loss
 
-    def step(self, batches: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step over ``batches``; returns loss and gradient norm, float32 scalars on the device."""
+    def step(self, batches: list[Batch], rate: float, done: float = 0.0) -> tuple[Tensor, Tensor]:
+        """One optimizer step over ``batches``, with ``done`` of the training behind it; returns loss and gradient norm,
+        float32 scalars on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=self.options.device)
@@ -46,7 +47,7 @@ class Stepper:
             ids, weights = self._move(batch)
             # apart: weights that autocast casts without gradients must not serve the loss
             with self.autocast():
-                inputs = self._objective.inputs(ids, weights, f"{batch.bucket}/{batch.counter}")
+                inputs = self._objective.inputs(ids, weights, f"{batch.bucket}/{batch.counter}", done)
             with self.autocast():
                 loss = self._loss(*inputs) / len(batches)
             loss.backward()
@@ -70,7 +71,7 @@ class Stepper:
                 ids = torch.zeros(shape, dtype=torch.int64, device=self.options.device)
                 weights = torch.ones(shape, dtype=torch.uint8, device=self.options.device)
                 with self.autocast():
-                    self._loss(*self._objective.inputs(ids, weights, None)).backward()
+                    self._loss(*self._objective.inputs(ids, weights, None, 0.0)).backward()
                 say(f"compiled for {bucket} documents {shape} after {time.monotonic() - began:.0f} s")
         except Exception as error:  # whatever the compiler raises, uncompiled steps still train
             say(f"torch.compile failed ({str(error).splitlines()[0][:200]}); training without it, slower")

@@ -74,7 +74,7 @@ def train(
     network = Network(options.shape, options.seed).to(options.device)
     objective = teach(network)
     stepper = Stepper(network, options, objective)
-    parameters = sum(parameter.numel() for parameter in stepper.network.parameters())
+    parameters = sum(parameter.numel() for parameter in network.model.parameters())
     if path is not None:
         load_checkpoint(path, stepper.network, stepper.optimizer)
     resumed_at, before = progress.step, progress.elapsed_s
@@ -188,9 +188,10 @@ class _Sitting:
         window = _Window()
         last = False
         while not last:
-            rate = rate_at(options, progress.step, self._fraction(progress.step))
+            done = self._fraction(progress.step)
+            rate = rate_at(options, progress.step, done)
             batches, starved = self._take()
-            window.add(*self.stepper.step(batches, rate), sum(batch.ids.size for batch in batches), starved)
+            window.add(*self.stepper.step(batches, rate, done), sum(batch.ids.size for batch in batches), starved)
             self._count(batches)
             now = time.monotonic()
             last = is_done(options, progress.step, progress.elapsed_s)

@@ -18,10 +18,12 @@ from labkit.training.card import card_text
 from labkit.training.checkpoint import newest_checkpoint
 from labkit.training.curve import read_curve
 from labkit.training.distillation import (
+    HINTED,
     Distillation,
     copy_weights,
     distill,
     divergence,
+    hinted_layers,
     read_teacher,
     spread,
     student,
@@ -47,7 +49,7 @@ TINY = TrainOptions(
     shares=(1.0, 0.0, 0.0),
     first_shares=(1.0, 0.0, 0.0),
     shape=replace(BIG, layers=2, intermediate=24),
-    distill=DistillOptions(on_policy=0.4),
+    distill=DistillOptions(on_policy=0.4, hints=0.5),
 )
 CHILD = """
 import sys
@@ -104,7 +106,7 @@ def test_the_loss_adds_divergence_and_cross_entropy_of_the_tokens_that_count(pla
     ids = torch.randint(0, 768, (2, 9), generator=torch.Generator().manual_seed(3))
     weights = torch.tensor([[0, 0, 1, 1, 3, 0, 0, 1, 0], [5, 0, 0, 0, 0, 0, 1, 3, 3]], dtype=torch.uint8)
     objective = Distillation(network, teacher, options, seed=1)
-    found = objective.loss(*objective.inputs(ids, weights, "short/0"))
+    found = objective.loss(*objective.inputs(ids, weights, "short/0", 0.0))
     with torch.no_grad():
         ours, theirs = (each(ids).double().numpy() for each in (network, teacher.network))
     p, q, plain = numpy_log_softmax(theirs / 2), numpy_log_softmax(ours / 2), numpy_log_softmax(ours)
@@ -120,6 +122,37 @@ def test_the_loss_adds_divergence_and_cross_entropy_of_the_tokens_that_count(pla
     found.backward()
     assert all(parameter.grad is None for parameter in teacher.network.parameters())
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_hints_count_the_distance_to_the_teachers_states_and_fade(place: Path) -> None:
+    teacher = read_teacher(place / "teacher", "cpu", torch.float32)
+    network = loud(Network(replace(BIG, layers=2, hidden=32, heads=2, kv_heads=1), seed=8))
+    ids = torch.randint(0, 768, (2, 9), generator=torch.Generator().manual_seed(3))
+    weights = torch.ones((2, 9), dtype=torch.uint8)
+    plain = Distillation(network, teacher, DistillOptions(), seed=1)
+    bare = plain.loss(*plain.inputs(ids, weights, "short/0", 0.0))
+    hinted = Distillation(network, teacher, DistillOptions(hints=0.5), seed=1)
+    found = {
+        done: hinted.loss(*hinted.inputs(ids, weights, "short/0", done)) for done in (0.0, HINTED / 2, HINTED, 1.0)
+    }
+    [(own, layer)] = hinted_layers(2, BIG.layers)
+    with torch.no_grad():
+        wise = teacher.network.states(ids)[layer].double().numpy()
+        bridge = network.get_submodule("hints.0")
+        guess = bridge(network.states(ids)[own]).double().numpy()
+    wise /= np.sqrt((wise**2).mean(-1, keepdims=True))
+    flat = wise.reshape(-1, wise.shape[-1])
+    far = ((guess - (wise - flat.mean(0)) / flat.std(0, ddof=1)) ** 2).mean()
+    for done, share in ((0.0, 1.0), (HINTED / 2, 0.5), (HINTED, 0.0), (1.0, 0.0)):
+        assert float((found[done] - bare).detach()) == pytest.approx(0.5 * share * far, rel=1e-3, abs=1e-5)
+    found[0.0].backward()
+    assert all(parameter.grad is not None for parameter in bridge.parameters())
+
+
+def test_layers_are_hinted_by_those_as_far_up() -> None:
+    assert hinted_layers(4, 8) == ((0, 1), (1, 3), (2, 5))
+    assert hinted_layers(6, 8) == ((0, 0), (1, 2), (2, 3), (3, 4), (4, 6))
+    assert hinted_layers(1, 8) == ()
 
 
 def test_a_student_of_all_layers_begins_as_its_teacher_and_a_narrower_one_with_the_strongest_neurons() -> None:
@@ -177,9 +210,9 @@ def test_the_share_of_batches_that_the_student_writes_is_as_asked_and_has_no_rig
         Network(replace(BIG, layers=1, context=9)), teacher, DistillOptions(on_policy=0.25, hard=0.5), seed=1
     )
     ids, weights = torch.ones(1, 8, dtype=torch.int64), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.uint8)
-    hard = [float(objective.inputs(ids, weights, f"short/{number}")[2]) for number in range(200)]
+    hard = [float(objective.inputs(ids, weights, f"short/{number}", 0.0)[2]) for number in range(200)]
     assert set(hard) == {0.0, 0.5} and hard.count(0.0) / 200 == pytest.approx(0.25, abs=0.08)
-    again = [float(objective.inputs(ids, weights, f"short/{number}")[2]) for number in range(200)]
+    again = [float(objective.inputs(ids, weights, f"short/{number}", 0.0)[2]) for number in range(200)]
     assert again == hard, "a training that is resumed draws the same"
 
 

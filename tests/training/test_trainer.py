@@ -173,8 +173,8 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_leaves_the_last_good_ch
 ) -> None:
     step = Stepper.step
 
-    def spoilt(self: Stepper, batches: list[Batch], rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, norm = step(self, batches, rate)
+    def spoilt(self: Stepper, batches: list[Batch], rate: float, done: float) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, norm = step(self, batches, rate, done)
         spoilt.calls += 1  # type: ignore[attr-defined]
         return loss, norm * (float("nan") if spoilt.calls == 3 else 1.0)  # type: ignore[attr-defined]
 
