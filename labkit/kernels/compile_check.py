@@ -58,10 +58,10 @@ class Build:
     """Bytes of local memory of a thread, where registers are spilled to."""
     shared: int
     """Bytes of shared memory of a program."""
-    hgmma: int
-    """HGMMA instructions in the machine code."""
-    tma: int
-    """Instructions that load or store through a tensor descriptor."""
+    hgmma: int | None
+    """HGMMA instructions in the machine code; None where none need be there, for disassembling takes half a second."""
+    tma: int | None
+    """Instructions there that load or store through a tensor descriptor."""
     faults: tuple[str, ...]
 
 
@@ -80,9 +80,11 @@ def build(case: CompileCase) -> Build:
     source = ASTSource(case.kernel, signature, case.constexprs, aligned)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=HOPPER, options=options)
-    code = _disassemble(compiled.asm["cubin"])
-    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", code)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-    spilled, shared, hgmma = stack + local, compiled.metadata.shared, code.count("HGMMA")
+    usage = _dump(compiled.asm["cubin"], "--dump-resource-usage")
+    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    spilled, shared = stack + local, compiled.metadata.shared
+    code = _dump(compiled.asm["cubin"], "--dump-sass") if case.hgmma else None
+    hgmma, tma = (None, None) if code is None else (code.count("HGMMA"), len(re.findall(r"\bUTMA", code)))
     faults = []
     if spilled:
         faults.append(f"spills {spilled} bytes a thread")
@@ -90,15 +92,15 @@ def build(case: CompileCase) -> Build:
         faults.append(f"wants {shared} bytes of shared memory, of {SHARED_LIMIT}")
     if case.hgmma and not hgmma:
         faults.append("has no HGMMA")
-    return Build(case.name, registers, spilled, shared, hgmma, len(re.findall(r"\bUTMA", code)), tuple(faults))
+    return Build(case.name, registers, spilled, shared, hgmma, tma, tuple(faults))
 
 
-def _disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code of a cubin, as the disassembler prints them."""
+def _dump(cubin: bytes, what: str) -> str:
+    """What the disassembler prints of a cubin: its use of resources, or its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", "--dump-sass", str(path)]
+        command = [str(TOOLS / "cuobjdump"), what, str(path)]
         environment = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -120,7 +122,8 @@ def main(modules: list[str]) -> int:
     for case in cases(modules):
         one = build(case)
         failed += bool(one.faults)
-        line = f"{one.name:44} {one.registers:9} {one.spilled:7} {one.shared:7} {one.hgmma:5} {one.tma:4}"
+        hgmma, tma = ("–" if each is None else each for each in (one.hgmma, one.tma))
+        line = f"{one.name:44} {one.registers:9} {one.spilled:7} {one.shared:7} {hgmma:>5} {tma:>4}"
         print(f"{line}  {'; '.join(one.faults)}".rstrip(), flush=True)
     return int(failed > 0)
 
