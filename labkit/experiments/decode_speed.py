@@ -19,7 +19,7 @@ from labkit.core import EngineCore, LabkitCore
 from labkit.deployment import Deployment
 from labkit.engine import build_core
 from labkit.experiments.claims import Evidence, Verdict, judge_ratio, not_testable
-from labkit.experiments.contests import gain, peak_bytes
+from labkit.experiments.contests import gain
 from labkit.experiments.intervals import percentile
 from labkit.experiments.weights import GPTQ, ORIGINAL, in_four_bits, original, quantize_to
 from labkit.models.loading import open_checkpoint
@@ -98,11 +98,17 @@ def tokens_per_second(table: pd.DataFrame, new_tokens: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "batch", "value", "low", "high"])
 
 
-def judge_speed(table: pd.DataFrame, batch: int = 1) -> Verdict:
+def weights_of(shape: str | None) -> str:
+    """Whose weights a speed was measured with: those that ship with the lab, or random ones of a published shape."""
+    return f"random weights of the shape of {shape}" if shape else "the weights that ship with the lab"
+
+
+def judge_speed(table: pd.DataFrame, shape: str | None = None, batch: int = 1) -> Verdict:
     """C28: GPTQ against the original weights in the same engine, at the batch size that favours it: one request, where
     reading the weights is nearly all of the work. The first deployment is named besides, and decides nothing.
 
-    Not testable where the weights were multiplied out when they were loaded, which their size in memory shows.
+    ``shape`` as in ``contenders``. Not testable where the weights were multiplied out when they were loaded, which
+    their size in memory shows.
     """
     same = gain(table, ORIGINAL, GPTQ, batch)
     evidence = [Evidence.of(f"against the same engine, batch of {batch}", same)]
@@ -112,11 +118,11 @@ def judge_speed(table: pd.DataFrame, batch: int = 1) -> Verdict:
             Evidence.of(f"against the same engine, batch of {largest}", gain(table, ORIGINAL, GPTQ, largest))
         )
     first = gain(table, FIRST, GPTQ, batch)
-    beside = ""
+    beside = f" Measured with {weights_of(shape)}."
     if first.n:
         evidence.append(Evidence.of(f"against the service {FIRST}, batch of {batch}", first))
-        beside = f" Against the service {FIRST} it is {first.value:.3g}× as fast, engine and dtype included."
-    if (peak_bytes(table, GPTQ, batch) or 0) >= (peak_bytes(table, ORIGINAL, batch) or 0):
+        beside += f" Against the service {FIRST} it is {first.value:.3g}× as fast, engine and dtype included."
+    if not read_in_four_bits(table):
         lacks = (
             "There is no kernel for 4 bits on this device: the weights were multiplied out when they were loaded, and "
             f"as many bytes were read for each token as before ({same.value:.3g}× as fast).{beside}"
@@ -124,6 +130,12 @@ def judge_speed(table: pd.DataFrame, batch: int = 1) -> Verdict:
         return replace(not_testable("C28", lacks, NEEDS_KERNEL), evidence=tuple(evidence))
     verdict = judge_ratio("C28", same, label=f"in the same engine, batch of {batch}")
     return replace(verdict, reason=verdict.reason + beside, evidence=tuple(evidence))
+
+
+def read_in_four_bits(table: pd.DataFrame) -> bool:
+    """Whether GPTQ's weights lie in memory as they are stored: they take less of it then than the original ones."""
+    held = {way: int(table[table["way"] == way]["bytes"].iloc[0]) for way in (ORIGINAL, GPTQ)}
+    return held[GPTQ] < held[ORIGINAL]
 
 
 def weight_bytes(core: EngineCore) -> int:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from labkit.experiments import provenance
 from labkit.experiments.contests import gain, median_seconds, peak_bytes
-from labkit.experiments.decode_speed import FIRST, tokens_per_second
+from labkit.experiments.decode_speed import FIRST, read_in_four_bits, tokens_per_second, weights_of
 from labkit.experiments.intervals import Estimate, percentile, share
 from labkit.experiments.operators import ARTICLE, PYTORCH, SDPA, growth
 from labkit.experiments.student import STUDENT, TEACHER
@@ -94,20 +94,15 @@ def lost_frame(answers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["rung", "value", "low", "high", "unit"])
 
 
-def speed_table(table: pd.DataFrame, new_tokens: int, weights: str) -> Table:
+def speed_table(table: pd.DataFrame, new_tokens: int, shape: str | None = None) -> Table:
     """One row a batch size: tokens written a second by each deployment, and GPTQ against both baselines; the last row
-    is the memory that the weights take. ``weights``: whose they are, for the caption."""
-    return _speeds(table, new_tokens, [(ORIGINAL, GPTQ), (FIRST, GPTQ)], weights)
+    is the memory that the weights take. ``shape``: whose random weights they are, if they are."""
+    return _speeds(table, new_tokens, [(ORIGINAL, GPTQ), (FIRST, GPTQ)], weights_of(shape))
 
 
 def student_table(table: pd.DataFrame, new_tokens: int) -> Table:
     """The same of a student and its teacher, each with its own weights."""
     return _speeds(table, new_tokens, [(TEACHER, STUDENT)], weights_of(None))
-
-
-def weights_of(shape: str | None) -> str:
-    """Whose weights a speed was measured with: the shipped model's, or random ones of a published shape."""
-    return f"random weights of the shape of {shape}" if shape else "the weights that ship with the lab"
 
 
 def algorithm_takeaway(
@@ -116,12 +111,14 @@ def algorithm_takeaway(
     shares: Sequence[float],
     answers: pd.DataFrame,
     speed: pd.DataFrame,
+    shape: str | None = None,
     kept: Estimate | None = None,
     student_speed: pd.DataFrame | None = None,
 ) -> str:
     """What the measurements say, in Markdown."""
     longest = max(size for way, size in _ran(attention) if way == ARTICLE)
     lost = loss_of_accuracy(pair(answers, GPTQ))
+    missing = "" if read_in_four_bits(speed) else " (no kernel reads 4 bits on this device)"
     lines = [
         f"**Attention** is worth a kernel: at {longest} tokens PyTorch's fused one is "
         f"{_times(gain(attention, ARTICLE, SDPA, longest))} as fast as the article's code, once that is repaired. Its "
@@ -131,8 +128,8 @@ def algorithm_takeaway(
         f"rows makes the look-up {_times(gain(cache, 'lru_cache', PYTORCH, int(cache['x'].max())), 'slower')}.",
         f"**GPTQ** in 4 bits cost {100 * lost.value:.1f} points of accuracy (95 % interval {100 * lost.low:.1f} to "
         f"{100 * lost.high:.1f}, {lost.n} problems) and wrote {_times(gain(speed, ORIGINAL, GPTQ, 1))} as fast in the "
-        f"same engine, {_times(gain(speed, FIRST, GPTQ, 1))} as fast as the service {FIRST}, one request at a time: a "
-        "factor means nothing until it says against what.",
+        f"same engine{missing}, {_times(gain(speed, FIRST, GPTQ, 1))} as fast as the service {FIRST}, one request at a "
+        f"time ({weights_of(shape)}): a factor means nothing until it says against what.",
     ]
     if kept is not None and student_speed is not None:
         largest = int(student_speed["x"].max())

@@ -41,7 +41,8 @@ def test_a_shape_with_random_weights_is_quantised_and_all_take_turns(shapes: Pat
     assert (table["seconds"] > 0).all() and len(said) == 2
     # transformers counts the same weights, and on a CPU 4 bits are multiplied out
     assert table["bytes"].nunique() == 1
-    verdict = decode_speed.judge_speed(table)
+    verdict = decode_speed.judge_speed(table, "small")
+    assert "random weights of the shape of small" in verdict.reason
     assert verdict.outcome == "not testable here" and "multiplied out" in verdict.reason and FIRST in verdict.reason
     assert len(verdict.evidence) == 3
 

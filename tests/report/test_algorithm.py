@@ -63,7 +63,7 @@ def test_accuracy_is_compared_problem_by_problem() -> None:
 
 
 def test_speed_is_shown_against_both_baselines() -> None:
-    table = algorithm.speed_table(SPEED, 10, algorithm.weights_of("a shape"))
+    table = algorithm.speed_table(SPEED, 10, "a shape")
     one = dict(zip(table.columns, table.rows[0], strict=True))
     assert one[f"{GPTQ} against {ORIGINAL}"].startswith("2.00×") and one[f"{GPTQ} against {FIRST}"].startswith("8.00×")
     assert one[GPTQ].startswith("10.0\u00a0tokens/s")
@@ -78,9 +78,12 @@ def test_the_takeaway_is_computed() -> None:
     text = algorithm.algorithm_takeaway(ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED)
     assert "at 2048 tokens" in text and "5.00× as fast as the article's code" in text and "50.0× slower" in text
     assert "cost 3.0 points" in text and "2.00× as fast in the same engine, 8.00× as fast" in text
-    assert "student" not in text
+    assert "student" not in text and "no kernel" not in text
+    multiplied_out = algorithm.algorithm_takeaway(ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED.assign(bytes=400))
+    assert "in the same engine (no kernel reads 4 bits on this device)" in multiplied_out
     student = contest({(TEACHER, 32): (6.0, 0), (STUDENT, 32): (2.0, 0)})
     taught = algorithm.algorithm_takeaway(
-        ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED, Estimate(0.9, 0.8, 1.0, 100, "share"), student
+        ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED, "a shape", Estimate(0.9, 0.8, 1.0, 100, "share"), student
     )
+    assert "(random weights of the shape of a shape)" in taught
     assert "keeps 90.0\u00a0%" in taught and "3.00× its speed at a batch of 32" in taught
