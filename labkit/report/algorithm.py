@@ -116,6 +116,7 @@ def algorithm_takeaway(
     student_speed: pd.DataFrame | None = None,
 ) -> str:
     """What the measurements say, in Markdown."""
+    slower = 1 / gain(cache, PYTORCH, "lru_cache", int(cache["x"].max())).value
     longest = max(size for way, size in _ran(attention) if way == ARTICLE)
     lost = loss_of_accuracy(pair(answers, GPTQ))
     missing = "" if read_in_four_bits(speed) else " (no kernel reads 4 bits on this device)"
@@ -125,7 +126,7 @@ def algorithm_takeaway(
         f"memory grows with the length to the power of {growth(attention, SDPA):.1f}, that of the article's code of "
         f"{growth(attention, ARTICLE):.1f}.",
         f"**The embedding** took {quantity(percentile(shares, 50).value, 'share')} of a forward pass. A cache of its "
-        f"rows makes the look-up {_times(gain(cache, 'lru_cache', PYTORCH, int(cache['x'].max())), 'slower')}.",
+        f"rows makes the look-up {digits(slower)}× slower.",
         f"**GPTQ** in 4 bits cost {100 * lost.value:.1f} points of accuracy (95 % interval {100 * lost.low:.1f} to "
         f"{100 * lost.high:.1f}, {lost.n} problems) and wrote {_times(gain(speed, ORIGINAL, GPTQ, 1))} as fast in the "
         f"same engine{missing}, {_times(gain(speed, FIRST, GPTQ, 1))} as fast as the service {FIRST}, one request at a "
@@ -185,5 +186,5 @@ def _rate(table: pd.DataFrame, way: str, batch: int, new_tokens: int) -> Estimat
     return Estimate(float(row["value"]), float(row["low"]), float(row["high"]), len(table), "tokens/s")
 
 
-def _times(found: Estimate, word: str = "") -> str:
-    return f"{digits(found.value)}×" + (f" {word}" if word else "")
+def _times(found: Estimate) -> str:
+    return f"{digits(found.value)}×"
