@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.kernels import w4a16_few, w4a16_many
+from labkit.kernels.activation import silu_mul
 from labkit.kernels.w4a16_layout import (
     INPUTS,
     OUTPUTS,
@@ -20,7 +21,7 @@ from labkit.kernels.w4a16_layout import (
 
 __all__ = [
     "Packed", "dequantize", "dequantize_checkpoint", "has_kernel", "join", "pack", "pack_levels", "w4a16_linear",
-    "w4a16_linear_reference",
+    "w4a16_linear_reference", "w4a16_silu_mul",
 ]  # fmt: skip
 
 MOST_FEW, MOST_MANY = 16, 512
@@ -47,6 +48,16 @@ def w4a16_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tenso
     if len(x) <= MOST_MANY:
         return w4a16_many.many_triton(x, packed, bias)
     return F.linear(x, w4a16_many.dequantize_triton(packed, x.dtype), bias)
+
+
+def w4a16_silu_mul(x: Tensor, packed: Packed) -> Tensor:
+    """silu(first half of the outputs) * the other half, of ``w4a16_linear`` of x [rows, inputs]: [rows, outputs / 2].
+
+    The rule: where ``w4a16_few`` multiplies and half of the outputs fills whole tiles of 16, it does all of it.
+    """
+    if has_kernel(x, packed) and len(x) <= MOST_FEW and packed.outputs % (2 * OUTPUTS) == 0:
+        return w4a16_few.few_triton(x, packed, silu=True)
+    return silu_mul(w4a16_linear(x, packed))
 
 
 def has_kernel(x: Tensor, packed: Packed) -> bool:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from labkit.errors import UserError
-from labkit.kernels.activation import silu_mul
 from labkit.kernels.w4a16 import (
     Packed,
     dequantize,
@@ -28,6 +27,7 @@ from labkit.kernels.w4a16 import (
     pack,
     pack_levels,
     w4a16_linear,
+    w4a16_silu_mul,
 )
 from labkit.models.layers import Linear, Norm
 from labkit.models.shape import Quantization
@@ -76,7 +76,7 @@ class QuantizedLinear(Linear):
         return self(normed), total
 
     def silu_mul_of(self, x: Tensor) -> Tensor:
-        return super().silu_mul_of(x) if self.packed is None else silu_mul(self(x))
+        return super().silu_mul_of(x) if self.packed is None else w4a16_silu_mul(x, self.packed)
 
     def silu_mul_of_normed_sum(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         if self.packed is None:

@@ -45,7 +45,7 @@ def round_block(
     """Rounds a block of inputs, by the formulas above.
 
     current: float32 [inputs, outputs], the weights after what was made good for the inputs rounded before; weights: the
-    same before that; factor: [inputs, inputs], of which what lies below the diagonal is read, its rows may lie apart;
+    same before that; factor: [inputs, inputs], of which what lies below the diagonal is read;
     importance: [inputs]; scales: [candidates, outputs], none of them 0. Dispatch: up to 128 inputs on CUDA -> the
     kernel, anything else -> PyTorch.
     """
@@ -99,14 +99,14 @@ def round_block_triton(
         torch.empty_like(scales[0]),
     )
     _round_block[(triton.cdiv(outputs, OUTPUTS),)](
-        current.contiguous(), weights.contiguous(), factor, importance, scales.contiguous(), *found,
-        count, outputs, factor.stride(0), len(scales), -zero, zero - 1,
+        current.contiguous(), weights.contiguous(), factor.contiguous(), importance, scales.contiguous(), *found,
+        count, outputs, len(scales), -zero, zero - 1,
         INPUTS=triton.next_power_of_2(count), OUTPUTS=OUTPUTS, num_warps=WARPS,
     )  # fmt: skip
     return found
 
 
-@triton.jit(do_not_specialize=["count", "outputs", "factor_stride", "candidates", "low", "high"])
+@triton.jit(do_not_specialize=["count", "outputs", "candidates", "low", "high"])
 def _round_block(  # type: ignore[no-untyped-def]
     current_ptr,
     weight_ptr,
@@ -118,7 +118,6 @@ def _round_block(  # type: ignore[no-untyped-def]
     chosen_ptr,
     count,
     outputs,
-    factor_stride,
     candidates,
     low,
     high,
@@ -147,7 +146,7 @@ def _round_block(  # type: ignore[no-untyped-def]
             rounded = level * scale
             loss += tl.load(importance_ptr + j) * (value - rounded) * (value - rounded)
             change = tl.load(weight_ptr + j * outputs + output, mask=inside, other=0.0) - rounded
-            factor = tl.load(factor_ptr + j * factor_stride + row, mask=row < j, other=0.0)
+            factor = tl.load(factor_ptr + j * count + row, mask=row < j, other=0.0)
             current += factor[:, None] * change[None, :]
             tl.store(level_ptr + j * outputs + output, level.to(tl.int8), mask=inside & keep)
             tl.store(change_ptr + j * outputs + output, change, mask=inside & keep)
@@ -161,7 +160,7 @@ def _case(inputs: int) -> CompileCase:
     pointers = dict.fromkeys(
         ("current_ptr", "weight_ptr", "factor_ptr", "importance_ptr", "scale_ptr", "change_ptr", "chosen_ptr"), "*fp32"
     )
-    sizes = dict.fromkeys(("count", "outputs", "factor_stride", "candidates", "low", "high"), "i32")
+    sizes = dict.fromkeys(("count", "outputs", "candidates", "low", "high"), "i32")
     constants = {"INPUTS": inputs, "OUTPUTS": OUTPUTS}
     return CompileCase(
         f"round a block of {inputs}", _round_block, {**pointers, "level_ptr": "*i8", **sizes}, constants, WARPS

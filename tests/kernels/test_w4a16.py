@@ -15,6 +15,7 @@ from labkit.kernels.w4a16 import (
     pack,
     w4a16_linear,
     w4a16_linear_reference,
+    w4a16_silu_mul,
 )
 from labkit.kernels.w4a16_few import Few
 from labkit.kernels.w4a16_many import Many
@@ -120,6 +121,17 @@ def test_few_rows(rows: int, outputs: int, inputs: int, cut: Few, dtype: torch.d
     *tensors, weight = checkpoint(inputs, outputs, group_size)
     packed, x, bias = pack(*tensors, 4, group_size), rows_of(rows, inputs, dtype), rows_of(1, outputs, dtype)[0]
     close(w4a16_few.launch(x, packed, bias, False, cut), x, weight, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 20])
+def test_the_op_with_a_gate(rows: int) -> None:
+    *tensors, weight = checkpoint(384, 96, 128)
+    dtype = torch.float16 if DEVICE == "cuda" else torch.float32
+    x = rows_of(rows, 384, dtype)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
+    right = torch.nn.functional.silu(gate) * up
+    found = w4a16_silu_mul(x, pack(*tensors, 4, 128))
+    assert found.dtype == dtype and (found - right).norm() <= 2 * TOLERANCE[dtype] * right.norm()
 
 
 @pytest.mark.parametrize(

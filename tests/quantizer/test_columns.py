@@ -73,8 +73,11 @@ def test_the_reference_cuts_its_work_without_changing_it() -> None:
 
 @pytest.mark.parametrize("inputs, outputs, tried, zero", [(16, 20, 3, 8), (13, 16, 1, 8), (8, 40, 4, 128)])
 def test_the_kernel_does_what_the_reference_does(inputs: int, outputs: int, tried: int, zero: int) -> None:
-    arguments = drawn(inputs, outputs, tried, seed=1)
-    same(round_block_triton(*arguments, zero), round_block_reference(*arguments, zero))
+    current, weights, factor, importance, scales = drawn(inputs, outputs, tried, seed=1)
+    expected = round_block_reference(current, weights, factor, importance, scales, zero)
+    columns_first = factor.T.contiguous().T  # as factorisations return it
+    for each in (factor, columns_first):
+        same(round_block_triton(current, weights, each, importance, scales, zero), expected)
 
 
 @pytest.mark.gpu
