@@ -5,13 +5,12 @@
 set -euo pipefail
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 OUT=${OUT:-build/out} WORK=${WORK:-/tmp/ledger-r1-mini} TEACHER=${TEACHER:-data/models/ledger-r1}
-CANDIDATES=${CANDIDATES:-2x384;3x256} SECONDS_LIMIT=${SECONDS_LIMIT:-220} TIME_LIMIT=${TIME_LIMIT:-580}
+CANDIDATES=${CANDIDATES:-4x256} SECONDS_LIMIT=${SECONDS_LIMIT:-500} TIME_LIMIT=${TIME_LIMIT:-590}
 PROBLEMS=${PROBLEMS:-1000} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
 declare -A SHAPES=(
-  [2x384]="" # the preset
-  [2x320]="--layers 2 --hidden 320 --heads 5 --kv-heads 1 --intermediate 896 --lr 2.5e-3"
-  [2x256]="--layers 2 --hidden 256 --heads 4 --kv-heads 2 --intermediate 768 --lr 2.5e-3"
-  [3x256]="--layers 3 --hidden 256 --heads 4 --kv-heads 2 --intermediate 768 --lr 2.5e-3"
+  [4x256]="" # the preset
+  [3x256]="--layers 3 --hidden 256 --heads 8 --kv-heads 2 --intermediate 512"
+  [4x192]="--layers 4 --hidden 192 --heads 6 --kv-heads 2 --intermediate 512"
 )
 mkdir -p "$OUT" "$WORK"
 

@@ -30,7 +30,7 @@ def lesson(manifest: dict[str, Any]) -> str:
     if options["hard"]:
         parts.append(f"{options['hard']:g} × cross-entropy of the right token")
     text = " + ".join(parts)
-    if options.get("hints"):
+    if options["hints"]:
         text += f" + {options['hints']:g}, falling to 0, × squared distance between the states of layers"
     if options["on_policy"]:
         text += f"; {options['on_policy']:.0%} of the batches with completions that the student wrote"
@@ -100,7 +100,7 @@ labkit distill data/models/{teacher["name"]} --steps {manifest["steps"]} --out b
   --intermediate {shape["intermediate"]} --copy-layers {layers} --lr {options["lr"]:g} \\
   --batch-tokens {options["batch_tokens"]} --warm-up {options["warm_up"]} --seed {options["seed"]} \\
   --temperature {taught["temperature"]:g} --soft {taught["soft"]:g} --hard {taught["hard"]:g} \\
-  --on-policy {taught["on_policy"]:g}
+  --on-policy {taught["on_policy"]:g} --hints {taught["hints"]:g}
 labkit evaluate build/{name} --result build/evaluation.json
 python -m labkit.training.card build/{name} --run runs --evaluation build/evaluation.json
 ```

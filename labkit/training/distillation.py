@@ -27,7 +27,9 @@ from labkit.training.trainer import Say, Trained, train
 STUDENTS = {
     # how the shipped student is trained
     "ledger-r1-mini": TrainOptions(
-        lr=2e-3, shape=Shape(layers=2, hidden=384, heads=6, kv_heads=2, intermediate=768), distill=DistillOptions()
+        lr=2.5e-3,
+        shape=Shape(layers=4, hidden=256, heads=8, kv_heads=2, intermediate=512),
+        distill=DistillOptions(hints=1.0),
     ),
 }
 HINTED = 0.6

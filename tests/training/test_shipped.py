@@ -13,9 +13,11 @@ from labkit.training.decoding import greedy
 from labkit.training.evaluate import evaluate
 from labkit.training.ledger import BUCKETS, make_problem
 from labkit.training.modeldir import read_model
+from labkit.training.network import operations_a_token
 from labkit.training.tokenizer import CHAT_TEMPLATE, TURN_END, prompt_text, train_tokenizer, write_tokenizer
 
 MODEL = Path(__file__).resolve().parents[2] / "data" / "models" / "ledger-r1"
+STUDENT = MODEL.with_name("ledger-r1-mini")
 
 
 def test_its_weights_are_bfloat16_and_at_most_28_megabytes() -> None:
@@ -23,6 +25,15 @@ def test_its_weights_are_bfloat16_and_at_most_28_megabytes() -> None:
     assert (MODEL / "model.safetensors").stat().st_size <= 28e6
     with safe_open(MODEL / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+
+
+def test_its_student_computes_a_quarter_and_answers_short_problems() -> None:
+    torch.set_num_threads(1)
+    teacher, student = (read_model(path)[0].shape for path in (MODEL, STUDENT))
+    for context in (100, 300, 1000):
+        assert operations_a_token(student, context) < 0.25 * operations_a_token(teacher, context)
+    account = evaluate(STUDENT, 24, ["short"], seed=12)
+    assert account["buckets"]["short"]["right"] >= 0.9 * 24  # type: ignore[index]
 
 
 def test_its_tokenizer_is_what_the_code_trains(tmp_path: Path) -> None:
