@@ -19,6 +19,8 @@ from labkit.kernels.metadata import AttentionMetadata
 
 DECODE_BATCH_TOKENS = 2**18
 """Most tokens, padding included, whose keys and values are gathered at once for decoding on CUDA: half a GB at 7B."""
+ALIKE_TOKENS = 768
+"""Longest context that is decoded together with others on the CPU; of longer ones each call is work enough."""
 
 
 # cuDNN is left out: it takes a tenth of a second to plan for every shape not seen before, and these never repeat.
@@ -58,18 +60,27 @@ def paged_attention_triton(queries: Tensor, cache: Tensor, meta: AttentionMetada
 
 
 def paged_attention_reference(queries: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
-    """Decodes one by one on the CPU, where padding costs more than calls, and in one padded batch on CUDA, where
-    launches cost more than padding; chunks one by one on both."""
+    """Chunks one by one. Decodes in padded batches on CUDA, where launches cost more than padding; on the CPU, where
+    padding costs more, those together whose contexts are short and about as long."""
     out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-    first = begin = meta.decodes if queries.is_cuda else 0
-    for piece in _pieces(meta.context_lens[:first], DECODE_BATCH_TOKENS):
-        longest = max(meta.context_lens[piece])
-        out[piece] = _decode_batch(
-            queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest, scale
-        )
+    lengths, first = meta.context_lens, meta.decodes
+    if queries.is_cuda:
+        for piece in _pieces(lengths[:first], DECODE_BATCH_TOKENS):
+            longest = max(lengths[piece])
+            out[piece] = _decode_batch(
+                queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest, scale
+            )
+    else:
+        for alike in _alike(lengths[:first]):
+            rows = torch.tensor(alike)
+            longest = lengths[alike[-1]]
+            out[rows] = _decode_alike(
+                queries[rows], cache, meta.block_tables[rows], meta.contexts[rows], longest, scale
+            )
+    begin = first
     for i in range(first, len(meta.query_lens)):
         end = begin + meta.query_lens[i]
-        keys, values = _gather(cache, meta.block_tables[i], meta.context_lens[i])
+        keys, values = _gather(cache, meta.block_tables[i], lengths[i])
         out[begin:end] = _attend(queries[begin:end], keys, values, scale)
         begin = end
     return out
@@ -154,6 +165,38 @@ def _pieces(context_lens: list[int], most: int) -> Iterator[slice]:
         longest = max(longest, length)
     if context_lens:
         yield slice(begin, len(context_lens))
+
+
+def _alike(context_lens: list[int]) -> Iterator[list[int]]:
+    """Sequences by length, in groups that waste little by being padded to their longest, which comes last."""
+    order = sorted(range(len(context_lens)), key=context_lens.__getitem__)
+    group: list[int] = []
+    for i in order:
+        length = context_lens[i]
+        if group and (length > ALIKE_TOKENS or length > 1.25 * context_lens[group[0]] + 16):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _decode_alike(
+    queries: Tensor, cache: Tensor, block_tables: Tensor, contexts: Tensor, longest: int, scale: float
+) -> Tensor:
+    """One query token per sequence, [sequences, heads, head_dim]; padded to the longest context where there are
+    several."""
+    if len(queries) == 1:
+        return _attend(queries, *_gather(cache, block_tables[0], longest), scale)
+    sequences, heads, head_dim = queries.shape
+    _, kv_heads, _, block_size, _ = cache.shape
+    used = -(-longest // block_size)
+    found = cache.index_select(2, block_tables[:, :used].reshape(-1))
+    keys, values = found.view(2, kv_heads, sequences, used * block_size, head_dim).transpose(1, 2)
+    mask = (torch.arange(used * block_size) < contexts[:, None])[:, None, None]
+    grouped = queries.view(sequences, kv_heads, -1, head_dim)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return out.view(sequences, heads, head_dim)
 
 
 def _decode_batch(
