@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -68,8 +69,10 @@ def _forget_capture() -> None:
     """A capture that failed leaves the random generators in it, where they would refuse to work; one that ends frees
     them."""
     torch.cuda.synchronize()
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        pass
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            pass
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -40,7 +40,7 @@ def operators(call: Callable[[], object]) -> pd.DataFrame:
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

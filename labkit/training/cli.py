@@ -147,7 +147,7 @@ def distill(
 ) -> None:
     """Teach a smaller ledger model what a larger one knows, or go on where that was killed.
 
-    labkit distill data/models/ledger-r1 --steps 8000 --device cuda
+    labkit distill data/models/ledger-r1 --steps 16000 --device cuda
     """
     from labkit.training.distillation import distill as run_distillation
     from labkit.training.distillation import student
