@@ -11,6 +11,7 @@ import typer
 from labkit.bench.cli import bench
 from labkit.errors import UserError
 from labkit.evaluation.cli import evaluate
+from labkit.link.cli import link
 from labkit.quantizer.cli import quantize
 from labkit.training.cli import distill, train
 
@@ -30,6 +31,7 @@ app.command()(distill)
 app.command()(evaluate)
 app.command()(quantize)
 app.command()(bench)
+app.command()(link)
 
 
 @app.callback()
@@ -70,6 +72,13 @@ def load(
     processes: Annotated[
         int | None, typer.Option(help="Client processes; as many as the traffic needs by default.")
     ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="http/1.1, 'http/1.1 close', http/2 or grpc, where the address leaves a choice.")
+    ] = None,
+    connections: Annotated[
+        str | None, typer.Option(help="How many the streams share: a number, or 'each' for one a stream.")
+    ] = None,
+    cafile: Annotated[Path | None, typer.Option(help="Certificate to trust (labkit serve prints its own).")] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Measure the client itself afterwards (some 5 s).")
     ] = True,
@@ -84,11 +93,14 @@ def load(
     labkit load http://127.0.0.1:8000 --users 8 --requests 40
 
     labkit load http://127.0.0.1:8000 --rate 5 --duration 60 --warm-up 10
+
+    labkit load grpc://127.0.0.1:8000 --users 300 --connections 4
     """
     from labkit.experiments.record import record_load
     from labkit.experiments.store import RunStore
     from labkit.experiments.summary import summary_text
     from labkit.traffic.progress import showing_progress
+    from labkit.traffic.target import parse_connections
     from labkit.traffic.workload import Workload, parse_mix
 
     if sum(given is not None for given in (users, rate, trace)) > 1:
@@ -118,6 +130,9 @@ def load(
                 store,
                 model,
                 api_key=api_key,
+                transport=transport,
+                connections=parse_connections(connections),
+                cafile=None if cafile is None else str(cafile),
                 processes=processes,
                 calibrated=calibrate,
                 progress=progress,
@@ -240,18 +255,40 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model; absent: its last name.")
     ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the server's certificate, for transport 'http/2 tls'; absent: one made here."),
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute nothing: tokens come on a schedule, such as ttft_ms=50,itl_ms=20,tokens=256. "
+            "For measuring the wire."
+        ),
+    ] = None,
     max_body_mb: Annotated[float, typer.Option(min=0.001, max=1024, help="Largest request body.")] = 4.0,
     log_level: Annotated[LogLevel, typer.Option(help="debug also logs every request.")] = "warning",
     die_with_parent: Annotated[
         bool, typer.Option("--die-with-parent", help="Stop when the starting process ends.")
     ] = False,
 ) -> None:
-    """Serve a model over an OpenAI-compatible API; prints "ready on URL" once it is warm."""
+    """Serve a model over an OpenAI-compatible API; prints "ready on URL" once it is warm.
+
+    The wire is a knob: --set transport=VALUE with http/1.1, "http/1.1 close" (a connection a request), http/2
+    (cleartext, prior knowledge), "http/2 tls" (ALPN; prints the certificate that clients are to trust) or grpc
+    (labkit/wire/generation.proto; health and metrics by HTTP on a port beside, which it prints).
+
+    labkit serve --port 0 --set transport="http/2 tls"
+
+    labkit serve --set transport=grpc --set chunk_tokens=8 --set chunk_ms=50 --schedule ttft_ms=50,itl_ms=20
+    """
     from labkit.serving.knobs import deployment_from
 
     served = deployment_from(model, deployment, as_first_deployed, knobs or [], at_full_speed)
     from labkit.serving.options import ServerOptions
-    from labkit.serving.server import default_temperature, name_of
+    from labkit.serving.schedule import Schedule
+    from labkit.serving.server import Where, default_temperature, name_of
     from labkit.serving.server import serve as run_server
 
     options = ServerOptions(
@@ -260,7 +297,9 @@ def serve(
         max_body_bytes=int(max_body_mb * 2**20),
         default_temperature=default_temperature(served.model),
     )
-    sys.exit(run_server(served, options, host, port, log_level, die_with_parent))
+    where = Where(host, port, certificate, key)
+    plan = Schedule.parse(schedule) if schedule is not None else None
+    sys.exit(run_server(served, options, where, log_level, die_with_parent, plan))
 
 
 def main() -> None:

@@ -63,7 +63,13 @@ class Deployment:
     """Processes, one a GPU, that share every layer of the model (``labkit`` engine only)."""
     max_queue: int | None = None
     """Requests that may wait before new ones are refused with 429; None admits all."""
-    transport: Literal["http/1.1"] = "http/1.1"
+    transport: Literal["http/1.1", "http/1.1 close", "http/2", "http/2 tls", "grpc"] = "http/1.1"
+    """How answers travel. ``http/1.1 close`` opens a connection for every request, ``http/2`` is cleartext with prior
+    knowledge, ``http/2 tls`` is agreed on by ALPN, ``grpc`` is the service of ``labkit/wire/generation.proto``."""
+    chunk_tokens: int = 1
+    """Tokens of a stream that are sent together."""
+    chunk_ms: float = 0.0
+    """How long after the first token of a chunk it is sent although ``chunk_tokens`` are not there; 0 waits for them."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -75,7 +81,7 @@ class Deployment:
                 raise ValueError(f"{field.name} must be true or false; got {value!r}")
         if self.async_scheduling not in (None, True, False):
             raise ValueError(f"async_scheduling must be true, false or absent; got {self.async_scheduling!r}")
-        ones = ("max_batch", "token_budget", "kv_block_size", "kv_blocks", "tensor_parallel")
+        ones = ("max_batch", "token_budget", "kv_block_size", "kv_blocks", "tensor_parallel", "chunk_tokens")
         for name, least in (dict.fromkeys(ones, 1) | {"max_context": 2}).items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -84,6 +90,8 @@ class Deployment:
             raise ValueError(f"max_queue must be at least 0 or absent; got {self.max_queue!r}")
         if not 0 <= self.batch_window_ms <= 60_000:
             raise ValueError(f"batch_window_ms must be between 0 and 60000; got {self.batch_window_ms!r}")
+        if not 0 <= self.chunk_ms <= 60_000:
+            raise ValueError(f"chunk_ms must be between 0 and 60000; got {self.chunk_ms!r}")
         if self.engine == "labkit" and self.attention == "eager":
             raise ValueError("attention 'eager' belongs to the transformers engine; use 'sdpa' or 'triton'")
         if self.engine == "transformers" and self.attention == "triton":

@@ -9,10 +9,8 @@ import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,52 +19,33 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from labkit.serving.answers import Answer, Service, as_api_error
-from labkit.serving.errors import ApiError, from_validation
-from labkit.serving.metrics import CONTENT_TYPE, Metrics
+from labkit.serving.answers import Answer
+from labkit.serving.errors import ApiError, as_api_error
+from labkit.serving.intake import LOADING_RETRY_S, Service
+from labkit.serving.metrics import CONTENT_TYPE
 from labkit.serving.openapi import document
-from labkit.serving.options import ServerOptions, StreamingEngine
-from labkit.serving.prompts import Work, chat_work, completion_work
+from labkit.serving.options import ServerOptions
 from labkit.serving.protocol import ChatRequest, CompletionRequest
 
-TOKENISER_THREADS = 2
-LOADING_RETRY_S = "2"
-
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
-Prepare = Callable[[Body, StreamingEngine, ThreadPoolExecutor, float], Awaitable[Work]]
 
 
-def create_app(engine: StreamingEngine, options: ServerOptions) -> Starlette:
-    """The ASGI application. The engine is started and stopped by the caller; until it is ready, requests get a 503.
-
-    ``app.state.draining`` set to True refuses new requests while running ones end.
-    """
-    service = Service(engine, options, Metrics(engine))
-    pool = ThreadPoolExecutor(TOKENISER_THREADS, thread_name_prefix="tokenise")
+def create_app(service: Service) -> Starlette:
+    """The ASGI application. The engine is started and stopped by the caller; until it is ready, requests get a 503."""
+    engine, options = service.engine, service.options
     created = int(time.time())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        pool.shutdown(wait=False, cancel_futures=True)
+        service.pool.shutdown(wait=False, cancel_futures=True)
 
-    def completions(model: type[Body], prepare: Prepare[Body]) -> Callable[[Request], Awaitable[Response | Answer]]:
-        async def endpoint(request: Request) -> Response | Answer:
-            _require_ready(engine, request.app.state.draining)
+    def completions(model: type[Body]) -> Callable[[Request], Awaitable[Answer]]:
+        async def endpoint(request: Request) -> Answer:
+            service.require_ready()
             body = await _read_body(request, options)
             received = time.monotonic()
-            try:
-                asked = model.model_validate_json(body)
-            except ValidationError as error:
-                raise from_validation(error, body) from error
-            if asked.model not in (None, options.model_name, engine.deployment.model):
-                raise ApiError(
-                    404,
-                    f"model: there is no model {asked.model[:200]!r} here; this server serves {options.model_name!r}",
-                    param="model",
-                    code="model_not_found",
-                )
-            work = await prepare(asked, engine, pool, options.default_temperature)
+            asked, work = await service.take(model, body)
             return Answer(service, asked, work, received)
 
         return endpoint
@@ -97,7 +76,7 @@ def create_app(engine: StreamingEngine, options: ServerOptions) -> Starlette:
     def refuse(request: Request, error: Exception) -> Response:
         refusal = _http_error(error, request) if isinstance(error, HTTPException) else as_api_error(error)
         if request.url.path in COMPLETIONS:
-            service.metrics.ended("failed" if refusal.kind in ("engine", "internal") else "refused", refusal.kind)
+            service.refused(refusal)
         return JSONResponse(refusal.body(), refusal.status, refusal.headers)
 
     def client_left(request: Request, error: Exception) -> Response:
@@ -106,8 +85,8 @@ def create_app(engine: StreamingEngine, options: ServerOptions) -> Starlette:
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", completions(ChatRequest, chat_work), methods=["POST"]),
-            Route("/v1/completions", completions(CompletionRequest, completion_work), methods=["POST"]),
+            Route("/v1/chat/completions", completions(ChatRequest), methods=["POST"]),
+            Route("/v1/completions", completions(CompletionRequest), methods=["POST"]),
             Route("/v1/models", models),
             Route("/health", health),
             Route("/metrics", metrics),
@@ -124,7 +103,6 @@ def create_app(engine: StreamingEngine, options: ServerOptions) -> Starlette:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.draining = False
     return app
 
 
@@ -149,18 +127,6 @@ class _ApiKey:
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-def _require_ready(engine: StreamingEngine, draining: bool) -> None:
-    retry = {"retry-after": LOADING_RETRY_S}
-    if engine.failed is not None:
-        raise ApiError(503, f"the engine failed: {engine.failed}", kind="engine", code="engine_failed")
-    if draining:
-        raise ApiError(503, "the server is stopping", kind="stopping", code="stopping", headers=retry)
-    if not engine.ready:
-        raise ApiError(
-            503, "the model is still loading; try again later", kind="loading", code="loading", headers=retry
-        )
 
 
 async def _read_body(request: Request, options: ServerOptions) -> bytes:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from labkit.engine import EngineFailed, QueueFull
+
+logger = logging.getLogger(__name__)
+RETRY_AFTER_S = "1"
 SHOWN = 80
 
 
@@ -37,6 +42,21 @@ class ApiError(Exception):
 def invalid(param: str, message: str) -> ApiError:
     """A 400 that names the field."""
     return ApiError(400, f"{param}: {message}", param=param)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about an error; the details of one that nobody foresaw go to the log only."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        message = str(error) or "the queue is full; try again later"
+        return ApiError(429, message, kind="queue_full", code="queue_full", headers={"retry-after": RETRY_AFTER_S})
+    if isinstance(error, EngineFailed):
+        return ApiError(503, f"the engine failed: {error}", kind="engine", code="engine_failed")
+    if isinstance(error, ValueError):
+        return ApiError(400, str(error))
+    logger.error("a request failed in a way nobody foresaw", exc_info=error)
+    return ApiError(500, "an internal error; the server's log has the details", kind="internal", code="internal_error")
 
 
 def from_validation(error: ValidationError, body: bytes) -> ApiError:

@@ -10,149 +10,102 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
-from granian.net import SocketHolder
-from granian.server.embed import Server
-from starlette.types import ASGIApp
 
 from labkit.deployment import Deployment
 from labkit.errors import UserError
 from labkit.models.loading import resolve_model
 from labkit.serving.app import create_app
+from labkit.serving.http import MOST_CONNECTIONS, listen, serve_app
+from labkit.serving.intake import Service
 from labkit.serving.options import ServerOptions
+from labkit.serving.schedule import Schedule, ScheduleEngine
+from labkit.serving.tls import Certificate, given_certificate, own_certificate
 
-BACKLOG = 4096
-MOST_CONNECTIONS = 16_384
-IDLE_CONNECTION_MS = 120_000
 PROGRESS_S = 2.0
 HARD_EXIT_S = 3.0
 
 
-class _SocketServer(Server):
-    """granian in this process, on a socket that is bound already.
+@dataclass(frozen=True)
+class Where:
+    """The address to listen on; ``port`` 0 takes a free one. ``certificate`` and ``key`` are for ``http/2 tls``: PEM
+    files, or None for a certificate that is made here."""
 
-    granian binds its own sockets with SO_REUSEPORT, so that a second server on a port in use would take half of the
-    first one's connections instead of failing; and it cannot tell which port it got for port 0.
-    """
+    host: str = "127.0.0.1"
+    port: int = 8000
+    certificate: Path | None = None
+    key: Path | None = None
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, access_log: bool) -> None:
-        host, port = listener.getsockname()[:2]
-        super().__init__(
-            app,
-            address=host,
-            port=port,
-            interface=Interfaces.ASGI,
-            http=HTTPModes.http1,
-            websockets=False,
-            backlog=BACKLOG,
-            backpressure=MOST_CONNECTIONS,
-            http1_settings=HTTP1Settings(header_read_timeout=IDLE_CONNECTION_MS),
-            log_level=LogLevels.error,
-            log_access=access_log,
-        )
-        self._listener = listener
-
-    def _init_shared_socket(self) -> None:
-        # granian closes the descriptor when it is done.
-        self._shd: Any = SocketHolder(self._listener.detach(), False, BACKLOG)  # type: ignore[call-arg]
-
-
-async def serve_app(app: ASGIApp, listener: socket.socket, stop: asyncio.Event, access_log: bool = False) -> None:
-    """Serves ``app`` on ``listener`` (bound, listening; taken over) until ``stop``, then lets running requests end."""
-    server = _SocketServer(app, listener, access_log)
-    serving = asyncio.create_task(server.serve())
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
-        server.stop()
-        await serving
-    finally:
-        stopped.cancel()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises UserError when the address cannot be had."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, UnicodeError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error}; give --host an address of this machine") from error
-    listener = socket.socket(family, kind, proto)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port (0: a free one)"
-        ) from error
-    return listener
+    def tls(self) -> Certificate:
+        """Raises UserError for files that are not a certificate and its key."""
+        if self.certificate is None or self.key is None:
+            if self.certificate or self.key:
+                raise UserError("a certificate and its key belong together; give --certificate and --key")
+            return own_certificate((self.host,))
+        return given_certificate(self.certificate, self.key)
 
 
 def serve(
     deployment: Deployment,
     options: ServerOptions,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    where: Where,
     log_level: str = "warning",
     die_with_parent: bool = False,
+    schedule: Schedule | None = None,
 ) -> int:
     """Serves ``deployment`` until SIGTERM or SIGINT; returns the exit code. Prints ``labkit: ready on URL`` when warm.
 
-    Raises UserError for a model that is not there or an address that cannot be had.
+    With a ``schedule`` no model runs: tokens come when it says. Raises UserError for a model that is not there or an
+    address that cannot be had.
     """
     if not (resolve_model(deployment.model) / "config.json").is_file():
         raise UserError(f"{deployment.model} has no config.json; give a Hugging Face directory or a hub id")
     logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _allow_many_connections()
-    listener = listen(host, port)
-    if options.api_key is None and not _is_loopback(host):
-        _say(f"warning: {host} can be reached from other machines and no --api-key is set", error=True)
-    return asyncio.run(_serve(deployment, options, listener, log_level == "debug", die_with_parent))
+    if options.api_key is None and not _is_loopback(where.host):
+        _say(f"warning: {where.host} can be reached from other machines and no --api-key is set", error=True)
+    return asyncio.run(_serve(deployment, options, where, log_level == "debug", die_with_parent, schedule))
 
 
 async def _serve(
-    deployment: Deployment, options: ServerOptions, listener: socket.socket, access_log: bool, die_with_parent: bool
+    deployment: Deployment,
+    options: ServerOptions,
+    where: Where,
+    access_log: bool,
+    die_with_parent: bool,
+    schedule: Schedule | None,
 ) -> int:
     from labkit.engine import AsyncEngine
 
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    engine = AsyncEngine(deployment)
-    app = create_app(engine, options)
+    engine = AsyncEngine(deployment) if schedule is None else ScheduleEngine(deployment, schedule)
+    service = Service.of(engine, options)
     stop = asyncio.Event()
+    front, address = _fronts(service, where, stop, access_log)
     loop = asyncio.get_running_loop()
     ask_to_stop = _stopper(stop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask_to_stop)
     # The engine must not see a start before the socket answers: /health says "loading" from the first moment.
-    serving = asyncio.create_task(serve_app(app, listener, stop, access_log))
+    serving = asyncio.create_task(front)
     parent = asyncio.create_task(_stop_when_orphaned(os.getppid(), stop)) if die_with_parent else None
     code = 0
     try:
         engine.start()
-        if await _announce(engine, deployment, url, stop):
+        if await _announce(engine, deployment, address, stop):
             code = 1
         else:
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not stop.is_set():
-                _say("the HTTP server ended by itself; see the messages above", error=True)
+                _say("the server ended by itself; see the messages above", error=True)
                 code = 1
-        app.state.draining = True
+        service.draining = True
         stop.set()
         _exit_at_last(options.drain_s + HARD_EXIT_S, code)
         await asyncio.wait((serving,), timeout=options.drain_s)
@@ -164,6 +117,32 @@ async def _serve(
         if parent is not None:
             parent.cancel()
     return code
+
+
+def _fronts(
+    service: Service, where: Where, stop: asyncio.Event, access_log: bool
+) -> tuple[Coroutine[Any, Any, Any], str]:
+    """What serves until ``stop``, and its address. Raises UserError when the address cannot be had."""
+    transport, app = service.engine.deployment.transport, create_app(service)
+    shown = f"[{where.host}]" if ":" in where.host else where.host
+    if transport == "grpc":
+        from labkit.serving.grpc_server import GrpcServer
+
+        server, listener = GrpcServer(service, where.host, where.port), listen(where.host, 0)
+        beside = f"http://{shown}:{listener.getsockname()[1]}"
+        fronts = asyncio.gather(server.serve(stop), serve_app(app, listener, stop, access_log))
+        return _both(fronts), f"grpc://{shown}:{server.port}, with health and metrics on {beside}"
+    tls = where.tls() if transport == "http/2 tls" else None
+    listener = listen(where.host, where.port)
+    host, port = listener.getsockname()[:2]
+    if tls is not None:
+        _say(f"certificate {tls.certificate}")
+    address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
+    return serve_app(app, listener, stop, access_log, transport, tls), address
+
+
+async def _both(fronts: asyncio.Future[Any]) -> None:
+    await fronts
 
 
 async def _announce(engine: Any, deployment: Deployment, url: str, stop: asyncio.Event) -> bool:

@@ -21,8 +21,9 @@ from labkit.deployment import Deployment
 from labkit.engine import Delta
 from labkit.request import EngineStats, SamplingParams
 from labkit.serving.app import create_app
+from labkit.serving.http import listen, serve_app
+from labkit.serving.intake import Service
 from labkit.serving.options import ServerOptions
-from labkit.serving.server import listen, serve_app
 
 
 @dataclasses.dataclass
@@ -77,7 +78,7 @@ class ScriptedEngine:
 def running(engine: Any, options: ServerOptions | None = None) -> Iterator[str]:
     """The URL of a server in front of ``engine``, for as long as the block lasts."""
     listener = listen("127.0.0.1", 0)
-    app = create_app(engine, options or ServerOptions(model_name="tiny"))
+    app = create_app(Service.of(engine, options or ServerOptions(model_name="tiny")))
     started = threading.Event()
     handle: dict[str, Any] = {}
 

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from labkit.cli import app
 from labkit.errors import UserError
-from labkit.serving.server import default_temperature, listen, name_of
+from labkit.serving.http import listen
+from labkit.serving.server import default_temperature, name_of
 
 START = [sys.executable, "-m", "labkit.cli", "serve"]
 

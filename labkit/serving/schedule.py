@@ -1,0 +1,128 @@
+"""An engine that computes nothing: its tokens come on a fixed schedule, so that what is measured is the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+from labkit.deployment import Deployment
+from labkit.engine import Delta, QueueFull
+from labkit.errors import UserError
+from labkit.models.loading import load_tokenizer
+from labkit.request import EngineStats, SamplingParams
+
+MAX_CONTEXT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Token ``i`` of a stream is due ``ttft_ms + i * itl_ms`` after its start; it has ``tokens`` at most."""
+
+    ttft_ms: float = 50.0
+    itl_ms: float = 20.0
+    tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_ms", "itl_ms"):
+            if not 0 <= getattr(self, name) <= 3_600_000:
+                raise ValueError(f"{name} must be between 0 and 3600000; got {getattr(self, name)!r}")
+        if not isinstance(self.tokens, int) or self.tokens < 1:
+            raise ValueError(f"tokens must be a whole number of at least 1; got {self.tokens!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """From ``ttft_ms=50,itl_ms=20,tokens=256``, each of which may be left out. Raises UserError."""
+        kinds = {field.name: int if field.name == "tokens" else float for field in fields(cls)}
+        try:
+            given = dict(part.split("=", 1) for part in text.split(",") if part)
+            if unknown := set(given) - set(kinds):
+                raise ValueError(f"no such setting: {', '.join(sorted(unknown))}")
+            return cls(**{name: kinds[name](value) for name, value in given.items()})  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(f"a schedule is written ttft_ms=50,itl_ms=20,tokens=256; got {text!r}: {error}") from error
+
+    def due_s(self, index: int) -> float:
+        """Seconds from a stream's start to token ``index``."""
+        return (self.ttft_ms + index * self.itl_ms) / 1000
+
+    @staticmethod
+    def text(index: int, start: float) -> str:
+        """Token 0 says when its stream started (s, CLOCK_MONOTONIC), the others which they are."""
+        return f"@{start:.6f} " if index == 0 else f"{index} "
+
+
+def lateness_s(schedule: Schedule, chunks: list[tuple[float, str]]) -> list[float]:
+    """Of each token, seconds from when it was due to when it came.
+
+    ``chunks`` are (time of arrival in s, CLOCK_MONOTONIC of the server's machine; text) in the order in which they
+    came, cut anywhere. Raises ValueError for a text that is not the whole beginning of a stream of ``schedule``.
+    """
+    late: list[float] = []
+    start, rest = 0.0, ""
+    for arrived, text in chunks:
+        *words, rest = (rest + text).split(" ")
+        for word in words:
+            index = len(late)
+            if index == 0 and word.startswith("@"):
+                start = float(word[1:])
+            elif index == 0 or word != str(index):
+                raise ValueError(f"token {index} was expected, {word!r} came")
+            late.append(arrived - start - schedule.due_s(index))
+    if rest:
+        raise ValueError(f"the stream ends within a token: {rest!r}")
+    return late
+
+
+class ScheduleEngine:
+    """Serves every request at once, on its schedule; a running request counts as one KV block."""
+
+    def __init__(self, deployment: Deployment, schedule: Schedule) -> None:
+        """Loads the tokenizer only. Raises UserError for a model that is not there."""
+        self.deployment, self.schedule = deployment, schedule
+        self.tokenizer = load_tokenizer(deployment.model)
+        self.core: Any = SimpleNamespace(max_context=deployment.max_context or MAX_CONTEXT)
+        self.ready = False
+        self.failed: str | None = None
+        self._running = self._prompt_tokens = self._generated_tokens = 0
+
+    def start(self) -> None:
+        self.ready = True
+
+    def stop(self) -> None:
+        self.ready = False
+
+    async def stream(self, prompt_ids: list[int], sampling: SamplingParams) -> AsyncIterator[Delta]:
+        """The tokens, each when it is due or as soon after as it is asked for. Raises QueueFull beyond what runs at
+        once and waits under the deployment's ``max_queue``; nothing waits here, so the two add up."""
+        limit = self.deployment.max_queue
+        if limit is not None and self._running >= self.deployment.max_batch + limit:
+            raise QueueFull(f"{self._running} requests run already")
+        schedule, count = self.schedule, min(sampling.max_tokens, self.schedule.tokens)
+        self._running += 1
+        self._prompt_tokens += len(prompt_ids)
+        start = time.monotonic()
+        try:
+            for index in range(count):
+                wait_s = start + schedule.due_s(index) - time.monotonic()
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                self._generated_tokens += 1
+                reason = None
+                if index == count - 1:
+                    reason = "length" if count == sampling.max_tokens else "stop"
+                yield Delta(schedule.text(index, start), (index,), (), reason)  # type: ignore[arg-type]
+        finally:
+            self._running -= 1
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=self._running,
+            kv_blocks_used=self._running,
+            kv_blocks_total=max(self._running, self.deployment.max_batch),
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+        )
