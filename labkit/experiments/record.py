@@ -15,6 +15,7 @@ from labkit.experiments.provenance import code_version, machine, versions
 from labkit.experiments.store import Draft, Run, RunStore
 from labkit.traffic.calibrate import Calibration, audit_arrivals, calibrate, client_facts, client_reasons, script_like
 from labkit.traffic.generate import Load, Progress, send_load
+from labkit.traffic.target import Connections
 from labkit.traffic.workload import Workload
 
 
@@ -25,6 +26,9 @@ def record_load(
     model: str | None = None,
     *,
     api_key: str | None = None,
+    transport: str | None = None,
+    connections: Connections | None = None,
+    cafile: str | None = None,
     processes: int | None = None,
     calibrated: bool = True,
     progress: Callable[[Progress], None] | None = None,
@@ -35,9 +39,13 @@ def record_load(
     """
     with store.create(workload.name) as draft:
         load = send_load(
-            url, workload, model, api_key=api_key, processes=processes, progress=progress, spool=draft.path
-        )
-        calibration = calibrate(workload, script_like(load.events), len(load.cpu_shares)) if calibrated else None
+            url, workload, model, api_key=api_key, transport=transport, connections=connections, cafile=cafile,
+            processes=processes, progress=progress, spool=draft.path,
+        )  # fmt: skip
+        calibration = None
+        if calibrated:
+            like, processes = script_like(load.events), len(load.cpu_shares)
+            calibration = calibrate(workload, like, processes, load.transport, load.connections)
         return finish(draft, load, workload, calibration, {"url": url})
 
 
@@ -66,7 +74,12 @@ def finish(
         "cut": load.cut,
         "valid": not reasons,
         "reasons": reasons,
-        "client": {**client_facts(load), "calibration": dataclasses.asdict(calibration) if calibration else None},
+        "client": {
+            "transport": load.transport,
+            "connections": load.connections,
+            **client_facts(load),
+            "calibration": dataclasses.asdict(calibration) if calibration else None,
+        },
         "arrivals": audit_arrivals(load.events, workload),
     }
     return draft.finish(manifest, load.events, samples)

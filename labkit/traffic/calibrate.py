@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,8 @@ import pandas as pd
 
 from labkit.errors import UserError
 from labkit.traffic.generate import Load, processes_needed, send_load
-from labkit.traffic.golden import Script
+from labkit.traffic.golden_play import Script
+from labkit.traffic.target import Connections, Transport
 from labkit.traffic.workload import Workload, schedule
 
 MOST_ADDED = 0.15
@@ -58,9 +60,22 @@ class Calibration:
         return found
 
 
-def calibrate(workload: Workload, script: Script, processes: int | None = None) -> Calibration:
-    """Sends ``workload`` for about CALIBRATION_S at a golden server that plays ``script``, in a process of its own."""
+def calibrate(
+    workload: Workload,
+    script: Script,
+    processes: int | None = None,
+    transport: Transport = "http/1.1",
+    connections: Connections | None = None,
+) -> Calibration:
+    """Sends ``workload`` for about CALIBRATION_S at a golden server that plays ``script``, in a process of its own.
+
+    Over ``transport`` and ``connections``, as the run that is to be judged. Streams that wait for each other because
+    HTTP/1.1 has fewer connections than there are streams are the knob's doing, not the client's: there are then as
+    many users as connections.
+    """
     takes_s = script.ttft_s + (script.tokens - 1) * script.itl_s
+    if not workload.open_loop and transport.startswith("http/1.1") and isinstance(connections, int):
+        workload = workload.but(users=min(workload.users, connections))
     changes: dict[str, Any] = {"arrivals": "constant" if workload.open_loop else "closed", "trace": None, "cv": 1.0}
     if workload.open_loop:
         rate = workload.rate if workload.trace is None else _trace_rate(workload)
@@ -79,17 +94,20 @@ def calibrate(workload: Workload, script: Script, processes: int | None = None) 
     )
     with tempfile.TemporaryDirectory(prefix="labkit-") as directory:
         log = Path(directory) / "golden.jsonl"
-        scripts = json.dumps([asdict(script)])
+        command = [sys.executable, "-m", "labkit.traffic.golden", "--script", json.dumps([asdict(script)])]
+        command += ["--log", str(log), "--transport", transport]
         server = subprocess.Popen(
-            [sys.executable, "-m", "labkit.traffic.golden", "--script", scripts, "--log", str(log)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )  # fmt: skip
         assert server.stdin is not None and server.stdout is not None
         try:
-            ready = server.stdout.readline()
-            if not ready.startswith("ready on "):
+            ready = re.match(r"ready on (\S+)(?: \(certificate: (.+)\))?\n", server.stdout.readline())
+            if ready is None:
                 raise UserError("the calibration server did not start")
-            load = send_load(ready.split()[-1], short, "golden", processes=processes or processes_needed(workload))
+            load = send_load(
+                ready[1], short, "golden", processes=processes or processes_needed(workload), transport=transport,
+                connections=connections, cafile=ready[2],
+            )  # fmt: skip
             server.stdin.close()
             server.wait(timeout=30)
         finally:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import os
 import queue
-import socket
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -22,8 +19,9 @@ from typing import Any
 import pandas as pd
 
 from labkit.errors import UserError
-from labkit.traffic.client import Target
+from labkit.traffic.ask import server_model
 from labkit.traffic.events import events_table, read_spool
+from labkit.traffic.target import Connections, Target, Transport
 from labkit.traffic.worker import Order
 from labkit.traffic.workload import Workload, schedule
 
@@ -57,7 +55,8 @@ class Load:
     """What a client saw of one run. ``window`` bounds the measured part, in the time of ``events``.
 
     ``zero`` is the start of the run on ``time.perf_counter``; ``lags`` is how late the clients' event loops were (s),
-    ``cpu_shares`` the part of a core that each process used, ``cut`` why the run was stopped early (or empty).
+    ``cpu_shares`` the part of a core that each process used, ``cut`` why the run was stopped early (or empty),
+    ``transport`` and ``connections`` what the streams went over.
     """
 
     model: str
@@ -68,6 +67,8 @@ class Load:
     lags: tuple[float, ...]
     cpu_shares: tuple[float, ...]
     cut: str = ""
+    transport: Transport = "http/1.1"
+    connections: Connections = "each"
 
 
 def run_load(url: str, workload: Workload, model: str | None = None, **options: Any) -> pd.DataFrame:
@@ -82,6 +83,9 @@ def send_load(
     model: str | None = None,
     *,
     api_key: str | None = None,
+    transport: str | None = None,
+    connections: Connections | None = None,
+    cafile: str | None = None,
     processes: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], str] | None = None,
@@ -89,22 +93,29 @@ def send_load(
 ) -> Load:
     """Sends ``workload`` to the server at ``url``.
 
-    ``model`` None takes the server's first. ``processes`` None starts as many client processes as the traffic needs.
+    ``model`` None takes the server's first. ``transport``, ``connections`` and ``cafile``: see
+    labkit.traffic.target; None takes what the address says. ``processes`` None starts as many client processes as the
+    traffic needs, but never more than there are connections to share.
     ``stop`` is asked four times a second and ends the run when it gives a reason. ``spool`` keeps the records in that
     directory while the run lasts (default: a temporary one). Raises UserError when no server answers at ``url`` or a
     client process fails.
     """
-    target = Target.parse(url, api_key)
+    target = Target.parse(url, api_key, transport, connections, cafile).settled()
+    assert target.transport != "alpn"
     if model is None:
         model = server_model(target)
-    if processes is None:
-        processes = processes_needed(workload)
-    if not 1 <= processes <= 256:
-        raise UserError(f"processes must be between 1 and 256, got {processes}")
+    processes = _processes(workload, processes, target.shared_by)
     with tempfile.TemporaryDirectory(prefix="labkit-") as temporary:
         directory = spool or Path(temporary)
         orders = [
-            Order(target, model, workload, share, processes, str(directory / f"spool-{share}.jsonl"))
+            Order(
+                target.share(share, processes),
+                model,
+                workload,
+                share,
+                processes,
+                str(directory / f"spool-{share}.jsonl"),
+            )
             for share in range(processes)
         ]
         team = _Team(orders)
@@ -117,7 +128,10 @@ def send_load(
     window = measured_window(workload, records)
     if cut:
         window = (window[0], max(window[0], min(window[1], max((r["end"] for r in records), default=0.0))))
-    return Load(model, events_table(records), window, zero, started_at, tuple(team.lags), tuple(team.cpu_shares), cut)
+    return Load(
+        model, events_table(records), window, zero, started_at, tuple(team.lags), tuple(team.cpu_shares), cut,
+        target.transport, target.shared_by,
+    )  # fmt: skip
 
 
 def processes_needed(workload: Workload) -> int:
@@ -127,6 +141,19 @@ def processes_needed(workload: Workload) -> int:
     else:
         chunks = workload.users * STREAM_CHUNKS_A_SECOND
     return max(1, min(math.ceil(chunks / CHUNKS_A_SECOND), os.cpu_count() or 1))
+
+
+def _processes(workload: Workload, asked: int | None, connections: Connections) -> int:
+    most = connections if isinstance(connections, int) else 256
+    if asked is None:
+        return min(processes_needed(workload), most)
+    if not 1 <= asked <= 256:
+        raise UserError(f"processes must be between 1 and 256, got {asked}")
+    if asked > most:
+        raise UserError(
+            f"{asked} client processes cannot share {most} connections; take fewer processes or more of them"
+        )
+    return asked
 
 
 def measured_window(workload: Workload, records: list[dict[str, Any]]) -> tuple[float, float]:
@@ -139,51 +166,6 @@ def measured_window(workload: Workload, records: list[dict[str, Any]]) -> tuple[
     if workload.duration_s is not None:
         return begin, begin + workload.duration_s
     return begin, max((r["end"] for r in records if r["scheduled"] >= begin), default=begin)
-
-
-def server_model(target: Target) -> str:
-    """The first model that the server names. Raises UserError when nothing (useful) answers or it is not ready yet."""
-    status, _ = get_json(target, "/health")
-    if status == 503:
-        raise UserError(
-            f"the server at {target.host}:{target.port} is not ready yet (its /health says 503); try again later"
-        )
-    status, answer = get_json(target, "/v1/models")
-    try:
-        return str(answer["data"][0]["id"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(
-            f"{target.host}:{target.port} answered {status} to /v1/models and named no model; "
-            "is that an OpenAI-compatible server? (--model skips this question)"
-        ) from error
-
-
-def get_json(target: Target, path: str, timeout_s: float = 10.0) -> tuple[int, Any]:
-    """Status and JSON body (None where there is none). Raises UserError when nothing answers."""
-    connection: http.client.HTTPConnection
-    if target.tls:
-        context = ssl.create_default_context()
-        connection = http.client.HTTPSConnection(target.host, target.port, timeout=timeout_s, context=context)
-    else:
-        connection = http.client.HTTPConnection(target.host, target.port, timeout=timeout_s)
-    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-    where = f"{target.host}:{target.port}"
-    try:
-        connection.request("GET", target.base + path, headers=headers)
-        response = connection.getresponse()
-        body = response.read()
-    except ConnectionRefusedError as error:
-        raise UserError(f"no server listens at {where}; start one (labkit serve) or mend the address") from error
-    except socket.gaierror as error:
-        raise UserError(f"the host {target.host} is not known: {error.strerror}; mend the address") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"the server at {where} does not answer: {error or type(error).__name__}") from error
-    finally:
-        connection.close()
-    try:
-        return response.status, json.loads(body)
-    except ValueError:
-        return response.status, None
 
 
 @dataclass

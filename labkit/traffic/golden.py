@@ -10,187 +10,49 @@ import argparse
 import asyncio
 import gc
 import json
+import ssl
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-FAULTS = ("", "reset", "4xx", "429", "503", "5xx", "truncate", "no finish", "data error", "stall", "garbage")
-"""reset: closed before any byte. truncate: closed after half of the tokens. no finish: a whole HTTP response whose
-stream has neither finish reason nor ``[DONE]``. data error: ``data: {"error": …}`` after half of the tokens. stall:
-silent after half of the tokens. garbage: bytes that are not HTTP."""
+from labkit.serving.tls import Certificate, own_certificate
+from labkit.traffic.golden_http1 import Http1Peer
+from labkit.traffic.golden_play import FAULTS, Answered, Play, Script, Voice
+from labkit.traffic.target import TRANSPORTS, Transport
 
+__all__ = ["FAULTS", "Answered", "Golden", "Script"]
 
-@dataclass(frozen=True)
-class Script:
-    """How one request is answered; times in seconds after its last byte came in.
-
-    Byte 0 of the answer (status and headers) goes out after ``headers_s``, token k after ``ttft_s + k * itl_s``, and
-    the end with the last token. ``reasoning`` of the tokens are sent as ``reasoning_content``, ``tokens_per_chunk``
-    at a time.
-    """
-
-    ttft_s: float = 0.0
-    itl_s: float = 0.0
-    tokens: int = 8
-    reasoning: int = 0
-    tokens_per_chunk: int = 1
-    headers_s: float = 0.0
-    fault: str = ""
-
-    def __post_init__(self) -> None:
-        if self.fault not in FAULTS:
-            raise ValueError(f"fault must be one of {', '.join(map(repr, FAULTS))}; got {self.fault!r}")
-        if self.tokens < 1 or self.tokens_per_chunk < 1 or not 0 <= self.reasoning < self.tokens:
-            raise ValueError("tokens and tokens_per_chunk must be at least 1, reasoning below tokens")
-        if min(self.ttft_s, self.itl_s, self.headers_s) < 0 or self.headers_s > self.ttft_s:
-            raise ValueError("times must be at least 0, headers_s at most ttft_s")
-
-
-@dataclass
-class Answered:
-    """What the server did for one request. Times are ``time.perf_counter``, ``sends`` one (due, done) for each token
-    chunk."""
-
-    request_id: str
-    received: float
-    fault: str = ""
-    headers_sent: float | None = None
-    sends: list[tuple[float, float]] = field(default_factory=list)
-    ended: float | None = None
-
-
-class _Peer(asyncio.Protocol):
-    def __init__(self, server: Golden) -> None:
-        self.server = server
-        self.buffer = b""
-        self.timers: list[asyncio.TimerHandle] = []
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        for timer in self.timers:
-            timer.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
-        self.buffer += data
-        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
-            head = self.buffer[:end].decode("latin-1").split("\r\n")
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
-            length = int(headers.get("content-length", 0))
-            if len(self.buffer) < end + 4 + length:
-                return
-            body, self.buffer = self.buffer[end + 4 : end + 4 + length], self.buffer[end + 4 + length :]
-            self._answer(head[0].split(" ")[1], headers.get("x-request-id", ""), body, now)
-
-    def _answer(self, path: str, request_id: str, body: bytes, now: float) -> None:
-        if path == "/v1/models":
-            self._plain(200, {"object": "list", "data": [{"id": "golden", "object": "model"}]})
-        elif path != "/v1/chat/completions":
-            self._plain(200 if path in ("/health", "/stats") else 404, {})
-        else:
-            request = json.loads(body)
-            script = self.server.script_for(request_id)
-            answered = Answered(request_id, now, script.fault)
-            self.server.answered.append(answered)
-            self._play(script, answered, bool(request.get("stream")))
-
-    def _play(self, script: Script, answered: Answered, stream: bool) -> None:
-        refusals = {"4xx": 400, "429": 429, "503": 503, "5xx": 500}
-        if script.fault == "reset":
-            self.transport.abort()
-        elif script.fault == "garbage":
-            self.transport.write(b"220 smtp ready\r\n")
-        elif script.fault in refusals:
-            self._plain(refusals[script.fault], {"error": {"message": f"scripted {script.fault}"}})
-        elif stream:
-            self._at(answered.received + script.headers_s, lambda: self._headers(answered))
-            self._step(script, answered, 0)
-        else:
-            due = answered.received + script.ttft_s + (script.tokens - 1) * script.itl_s
-            self._at(due, lambda: self._whole(script, answered, due))
-
-    def _step(self, script: Script, answered: Answered, first: int) -> None:
-        if first >= script.tokens:
-            return
-        last = min(first + script.tokens_per_chunk, script.tokens) - 1
-        due = answered.received + script.ttft_s + last * script.itl_s
-        self._at(due, lambda: self._tokens(script, answered, first, last, due))
-
-    def _tokens(self, script: Script, answered: Answered, first: int, last: int, due: float) -> None:
-        if script.fault and first >= max(1, script.tokens // 2):
-            if script.fault == "truncate":
-                self.transport.close()
-            elif script.fault == "data error":
-                self._chunk({"error": {"message": "scripted error", "type": "server_error"}})
-                self.transport.write(b"0\r\n\r\n")
-            elif script.fault == "no finish":
-                self.transport.write(b"0\r\n\r\n")
-            answered.ended = time.perf_counter()
-            return
-        part = "reasoning_content" if first < script.reasoning else "content"
-        delta = {part: "".join(f" t{position}" for position in range(first, last + 1))}
-        answered.sends.append((due, time.perf_counter()))
-        self._chunk({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
-        if last + 1 == script.tokens:
-            self._chunk({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-            self._chunk({"choices": [], "usage": _usage(script)})
-            answered.ended = time.perf_counter()
-            self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
-        else:
-            self._step(script, answered, last + 1)
-
-    def _whole(self, script: Script, answered: Answered, due: float) -> None:
-        answered.sends.append((due, time.perf_counter()))
-        parts = [f" t{position}" for position in range(script.tokens)]
-        message = {"role": "assistant", "content": "".join(parts[script.reasoning :])}
-        if script.reasoning:
-            message["reasoning_content"] = "".join(parts[: script.reasoning])
-        answered.headers_sent = answered.ended = answered.sends[0][1]
-        self._plain(
-            200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": _usage(script)}
-        )
-
-    def _headers(self, answered: Answered) -> None:
-        answered.headers_sent = time.perf_counter()
-        self.transport.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-        )
-
-    def _chunk(self, event: dict[str, Any]) -> None:
-        data = b"data: " + json.dumps(event).encode() + b"\n\n"
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def _plain(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
-        self.transport.write(
-            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
-            + body
-        )
-
-    def _at(self, due: float, action: Callable[[], None]) -> None:
-        """Runs ``action`` at ``due``, an absolute time, so that lateness does not add up."""
-        loop = asyncio.get_running_loop()
-        self.timers = [timer for timer in self.timers if timer.when() > loop.time()]
-        self.timers.append(loop.call_later(max(0.0, due - time.perf_counter()), action))
+MOST_STREAMS = 1000
+"""Streams that a client may open at once on a connection of HTTP/2."""
 
 
 class Golden:
     """The server in a thread of its own: ``with Golden(scripts) as golden: … golden.url``.
 
-    Request with ``X-Request-Id: n`` (or else the n-th request) is played script ``n % len(scripts)``.
+    Request with ``X-Request-Id: n`` (or else the n-th request) is played script ``n % len(scripts)``. ``certificate``
+    is needed for ``http/2 tls``; given for HTTP/1.1, that has TLS as well.
     """
 
-    def __init__(self, scripts: Sequence[Script] = (Script(),), port: int = 0) -> None:
+    def __init__(
+        self,
+        scripts: Sequence[Script] = (Script(),),
+        port: int = 0,
+        transport: Transport = "http/1.1",
+        certificate: Certificate | None = None,
+        most_streams: int = MOST_STREAMS,
+    ) -> None:
         self.scripts = tuple(scripts)
         self.answered: list[Answered] = []
+        self.connections = 0
         self.port = port
+        self.transport = transport
+        self._most_streams = most_streams
+        self._tls = None if certificate is None else _tls(transport, certificate)
+        if transport == "http/2 tls" and certificate is None:
+            raise ValueError("http/2 tls needs a certificate")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="golden", daemon=True)
 
@@ -200,11 +62,13 @@ class Golden:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        """The address, its scheme that of the transport."""
+        scheme = {"http/2": "h2c", "grpc": "grpc"}.get(self.transport, "http" if self._tls is None else "https")
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Golden:
         self._thread.start()
-        starting = self._loop.create_server(lambda: _Peer(self), "127.0.0.1", self.port, backlog=4096)
+        starting = self._loop.create_server(self._peer, "127.0.0.1", self.port, backlog=4096, ssl=self._tls)
         self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -220,9 +84,28 @@ class Golden:
         for answered in self.answered:
             out.write(json.dumps(asdict(answered)) + "\n")
 
+    def _peer(self) -> asyncio.Protocol:
+        self.connections += 1
+        if self.transport in ("http/1.1", "http/1.1 close"):
+            return Http1Peer(self._begin)
+        from labkit.traffic.golden_http2 import Http2Peer
 
-def _usage(script: Script) -> dict[str, int]:
-    return {"prompt_tokens": 7, "completion_tokens": script.tokens, "total_tokens": 7 + script.tokens}
+        return Http2Peer(self._begin, self._most_streams)
+
+    def _begin(self, request_id: str, now: float, voice: Voice) -> Play:
+        script = self.script_for(request_id)
+        if script.fault == "goaway" and any(one.request_id == request_id for one in self.answered):
+            script = replace(script, fault="")
+        answered = Answered(request_id, now, script.fault)
+        self.answered.append(answered)
+        return Play(script, answered, voice)
+
+
+def _tls(transport: Transport, certificate: Certificate) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    context.set_alpn_protocols(["h2"] if transport == "http/2 tls" else ["http/1.1"])
+    return context
 
 
 def main() -> None:
@@ -232,14 +115,17 @@ def main() -> None:
         "--script", default="[{}]", help="JSON list of scripts: ttft_s, itl_s, tokens, reasoning, fault …"
     )
     parser.add_argument("--log", type=Path, help="where to write what was sent when, as JSONL, on end of input")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="http/1.1")
     options = parser.parse_args()
     try:
         scripts = [Script(**script) for script in json.loads(options.script)]
     except (ValueError, TypeError) as error:
         parser.error(f"--script: {error}")
+    certificate = own_certificate() if options.transport == "http/2 tls" else None
     gc.disable()
-    with Golden(scripts, options.port) as golden:
-        print(f"ready on {golden.url}", flush=True)
+    with Golden(scripts, options.port, options.transport, certificate) as golden:
+        trust = f" (certificate: {certificate.certificate})" if certificate else ""
+        print(f"ready on {golden.url}{trust}", flush=True)
         sys.stdin.read()
         if options.log:
             with open(options.log, "w") as out:

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from itertools import count, islice
 from typing import Any, TextIO
 
-from labkit.traffic.client import Client, Record, Target
+from labkit.traffic.answer import Record
+from labkit.traffic.client import Client
+from labkit.traffic.target import Target
 from labkit.traffic.workload import Arrival, Workload, schedule
 from labkit.training.ledger import is_correct, make_problem
 
@@ -192,7 +194,7 @@ async def _work(sender: _Sender, asks: list[Ask]) -> None:
         await (sender.open_loop(asks) if sender.workload.open_loop else sender.closed_loop())
     finally:
         watch.cancel()
-        sender.client.close()
+        await sender.client.close()
 
 
 def _first_error(error: BaseException) -> str:

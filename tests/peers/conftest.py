@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from labkit.traffic.client import Record, Target, _Exchange
+from labkit.traffic.answer import Record
+from labkit.traffic.client_http1 import Http1Answer
+from labkit.traffic.target import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 180
@@ -71,7 +73,7 @@ class Tap:
 
     def __init__(self, server: str) -> None:
         self._server = Target.parse(server)
-        self._exchanges: list[_Exchange] = []
+        self._exchanges: list[Http1Answer] = []
         self._loop = asyncio.new_event_loop()
         self._listening = self._loop.run_until_complete(asyncio.start_server(self._pass_on, "127.0.0.1"))
         self.url = f"http://127.0.0.1:{self._listening.sockets[0].getsockname()[1]}"
@@ -88,7 +90,7 @@ class Tap:
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(self._server.host, self._server.port)
-        answering: list[_Exchange] = []
+        answering: list[Http1Answer] = []
 
         async def answers() -> None:
             while data := await there.read(65536):
@@ -105,7 +107,7 @@ class Tap:
                 length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
                 if b"/v1/chat/completions" in head.split(b"\r\n", 1)[0]:
                     record = Record(len(self._exchanges), scheduled=now, sent=now)
-                    answering.append(_Exchange(record, asyncio.get_running_loop()))
+                    answering.append(Http1Answer(record, asyncio.get_running_loop()))
                     self._exchanges.append(answering[-1])
                 else:
                     answering.clear()

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from labkit.errors import UserError
-from labkit.traffic.client import Client, Record, Target, tokens_by_chunk
+from labkit.traffic.answer import Record, tokens_by_chunk
+from labkit.traffic.client import Client
 from labkit.traffic.golden import Golden, Script
+from labkit.traffic.target import Target
 
 BODY = b'{"model": "golden", "stream": true, "messages": []}'
 PLAIN = b'{"model": "golden", "messages": []}'
@@ -23,7 +24,7 @@ def ask(url: str, bodies: list[bytes], timeout_s: float = 5.0) -> list[Record]:
         records = [Record(index) for index in range(len(bodies))]
         for record, body in zip(records, bodies, strict=True):
             await client.chat(body, record, timeout_s)
-        client.close()
+        await client.close()
         return records
 
     return asyncio.run(all_of_them())
@@ -106,22 +107,11 @@ def test_a_connection_is_kept_and_a_stale_one_replaced():
             await client.chat(b"{}", record, 5.0)
         # The server never answers a third request on the first connection; it closes it as (or before) we write.
         await client.chat(b"{}", records[2], 5.0)
-        client.close()
+        await client.close()
         server.close()
         return connections, [record.failure for record in records]
 
     assert asyncio.run(talk()) == (2, ["", "", ""])
-
-
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://x:99999", "http://x:port"])
-def test_a_bad_address_is_refused(url):
-    with pytest.raises(UserError, match="not an address"):
-        Target.parse(url)
-
-
-def test_addresses():
-    assert Target.parse("http://h:81/a/v1/") == Target("h", 81, False, "/a")
-    assert Target.parse("https://h") == Target("h", 443, True)
 
 
 @given(st.integers(0, 400), st.lists(st.integers(1, 30), max_size=20))

@@ -11,11 +11,12 @@ import pytest
 
 from labkit.errors import UserError
 from labkit.experiments.metrics import requests_table
+from labkit.traffic.answer import FAILURES
 from labkit.traffic.calibrate import audit_arrivals
-from labkit.traffic.client import FAILURES
 from labkit.traffic.generate import Progress, processes_needed, run_load, send_load
 from labkit.traffic.golden import FAULTS, Golden, Script
-from labkit.traffic.worker import WARMUP_INDEX
+from labkit.traffic.target import Target
+from labkit.traffic.worker import WARMUP_INDEX, Order
 from labkit.traffic.workload import Workload
 from labkit.training.ledger import make_problem
 
@@ -131,6 +132,7 @@ def test_every_fault_has_a_kind():
         "data error",
         "stall",
         "garbage",
+        "goaway",
     }
     assert len(set(FAILURES)) == 9
 
@@ -158,9 +160,6 @@ def test_client_processes_end_when_their_parent_is_gone():
     process = subprocess.Popen(
         [sys.executable, "-m", "labkit.traffic.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    from labkit.traffic.client import Target
-    from labkit.traffic.worker import Order
-
     order = Order(Target("127.0.0.1", 9), "any", Workload.article(users=1, duration_s=600), 0, 1, "/dev/null")
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(order.to_json() + "\n")

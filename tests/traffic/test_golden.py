@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from labkit.traffic.client import Target
-from labkit.traffic.generate import get_json, run_load
+from labkit.traffic.ask import get_json
+from labkit.traffic.generate import run_load
 from labkit.traffic.golden import Golden, Script
+from labkit.traffic.target import Target
 from labkit.traffic.workload import Workload
 
 FAST = Workload.article(users=2, requests=6, mix={"short": 1.0})

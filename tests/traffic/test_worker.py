@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 
-from labkit.traffic.client import Record, Target
+from labkit.traffic.answer import Record
 from labkit.traffic.events import KINDS, events_table, read_spool
+from labkit.traffic.target import Target
 from labkit.traffic.worker import Order, own_share, prepare, spool_line
 from labkit.traffic.workload import Arrival, Workload, schedule
 from labkit.training.ledger import make_problem

@@ -1,0 +1,277 @@
+"""Chat requests over HTTP/2, with TLS (ALPN) or without (prior knowledge): many at a time over a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    RemoteSettingsChanged,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    WindowUpdated,
+)
+from h2.exceptions import ProtocolError
+
+from labkit.traffic.answer import UNREADABLE, HttpAnswer, Record
+from labkit.traffic.http2 import Header, Inbox, Outbox, not_http2, open_connection
+from labkit.traffic.pool import OwnConnections, SharedConnections
+from labkit.traffic.target import Target, tls_context
+
+STREAMS_BEFORE_SETTINGS = 100
+"""Streams at once before the peer has said how many it takes; RFC 9113 recommends no limit below this one."""
+TRIES = 3
+"""How often a request is sent that the peer says it did not look at (GOAWAY)."""
+
+
+class Http2Answer(HttpAnswer):
+    """An answer on one stream. ``unseen``: the peer says that it did not process the request."""
+
+    unseen = False
+
+
+@dataclass(eq=False)
+class _Stream:
+    headers: list[Header]
+    body: bytes
+    answer: Http2Answer
+    number: int = 0
+    """0 until it is opened."""
+
+
+class Http2Connection(asyncio.Protocol):
+    """One connection and its streams. ``open``: it takes new ones."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.transport: asyncio.Transport | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._waiting: deque[_Stream] = deque()
+        self._most = STREAMS_BEFORE_SETTINGS
+        self._h2 = open_connection(client=True, ENABLE_PUSH=0)
+        self._first = b""
+        self._inbox, self._outbox = Inbox(self._h2), Outbox(self._h2)
+
+    def send(self, stream: _Stream) -> None:
+        """Sends a request now, or when the peer takes another stream."""
+        self._waiting.append(stream)
+        self._admit()
+        self._flush()
+
+    def cancel(self, stream: _Stream) -> None:
+        """Nobody waits for this one any more; the others go on."""
+        if stream in self._waiting:
+            self._waiting.remove(stream)
+        elif stream.number in self._streams and self.transport is not None and not self.transport.is_closing():
+            self._h2.reset_stream(stream.number, ErrorCodes.CANCEL)
+            self._gone(stream.number)
+            self._flush()
+
+    def close(self) -> None:
+        self.open = False
+        if self.transport is not None:
+            self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport, self.open = transport, True
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        try:
+            self._check(data)
+            events = self._h2.receive_data(data)
+        except ProtocolError as error:
+            self._flush()
+            for stream in self._forgotten():
+                stream.answer.fail("protocol", str(error) or type(error).__name__, now)
+            self.close()
+            return
+        for event in events:
+            self._happened(event, now)
+        self._admit()
+        self._flush()
+        if not self.open and not self._streams and self.transport is not None:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.open = False
+        now = time.perf_counter()
+        for stream in self._forgotten():
+            begun = stream.answer.record.first_byte is not None
+            where = "in the middle of the" if begun else "before any"
+            stream.answer.broke(f"the connection was closed {where} answer", now)
+
+    def _check(self, data: bytes) -> None:
+        if len(self._first) < 4:
+            self._first += data
+            if wrong := not_http2(self._first):
+                raise ProtocolError(wrong)
+
+    def _happened(self, event: Event, now: float) -> None:
+        if isinstance(event, DataReceived):
+            assert event.flow_controlled_length is not None
+            self._inbox.took(event.flow_controlled_length)
+            if stream := self._streams.get(event.stream_id):
+                self._read(stream.answer, event, now)
+        elif isinstance(event, ResponseReceived):
+            if stream := self._streams.get(event.stream_id):
+                stream.answer.began(now)
+                self._read(stream.answer, event, now)
+        elif isinstance(event, StreamEnded):
+            if stream := self._gone(event.stream_id):
+                self._read(stream.answer, event, now)
+        elif isinstance(event, StreamReset):
+            if stream := self._gone(event.stream_id):
+                self._reset(stream.answer, event.error_code, now)
+        elif isinstance(event, ConnectionTerminated):
+            self._going_away(event, now)
+        elif isinstance(event, RemoteSettingsChanged):
+            self._most = self._h2.remote_settings.max_concurrent_streams
+            self._outbox.windows_opened()
+        elif isinstance(event, WindowUpdated):
+            self._outbox.windows_opened()
+
+    @staticmethod
+    def _read(answer: Http2Answer, event: DataReceived | ResponseReceived | StreamEnded, now: float) -> None:
+        if answer.over.done():
+            return
+        try:
+            if isinstance(event, DataReceived):
+                answer.body(event.data, now)
+            elif isinstance(event, ResponseReceived):
+                headers = dict(event.headers)
+                answer.started(int(headers[b":status"]), headers.get(b"content-type", b"").decode("latin-1"))
+            else:
+                answer.complete(now)
+        except UNREADABLE as error:
+            answer.fail("protocol", str(error) or type(error).__name__, now)
+
+    @staticmethod
+    def _reset(answer: Http2Answer, code: ErrorCodes | int | None, now: float) -> None:
+        name = code.name if isinstance(code, ErrorCodes) else f"error {code}"
+        if code in (ErrorCodes.REFUSED_STREAM, ErrorCodes.ENHANCE_YOUR_CALM):
+            answer.fail("shed", f"the server turned the stream away: {name}", now)
+        else:
+            answer.broke(f"the server reset the stream: {name}", now)
+
+    def _going_away(self, event: ConnectionTerminated, now: float) -> None:
+        """Streams up to the last that the peer names go on here; it did not look at the others."""
+        self.open = False
+        last = event.last_stream_id or 0
+        unseen = [stream for number, stream in self._streams.items() if number > last]
+        for stream in unseen:
+            self._gone(stream.number)
+        unseen += self._waiting
+        self._waiting.clear()
+        for stream in unseen:
+            stream.answer.unseen = True
+            stream.answer.fail("connect", "the server goes away (GOAWAY) and did not take the request", now)
+
+    def _admit(self) -> None:
+        while self._waiting and self.open and len(self._streams) < self._most:
+            stream = self._waiting.popleft()
+            stream.number = self._h2.get_next_available_stream_id()
+            self._streams[stream.number] = stream
+            self._h2.send_headers(stream.number, stream.headers)
+            self._outbox.put(stream.number, stream.body, end=True)
+
+    def _gone(self, number: int | None) -> _Stream | None:
+        assert number is not None
+        self._outbox.forget(number)
+        return self._streams.pop(number, None)
+
+    def _forgotten(self) -> list[_Stream]:
+        streams = [*self._streams.values(), *self._waiting]
+        self._streams.clear()
+        self._waiting.clear()
+        return streams
+
+    def _flush(self) -> None:
+        data = self._h2.data_to_send()
+        if data and self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+
+class Http2:
+    """The HTTP/2 side of a client."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._tls = tls_context(target, "h2") if target.tls else None
+        shared = target.shared_by
+        self._pool: OwnConnections[Http2Connection] | SharedConnections[Http2Connection]
+        if isinstance(shared, int):
+            self._pool = SharedConnections(shared, self._connect)
+        else:
+            self._pool = OwnConnections(shared, self._connect)
+
+    async def chat(self, body: bytes, record: Record, deadline: float) -> None:
+        headers = self._headers(body, str(record.index))
+        for left in reversed(range(TRIES)):
+            connection, _ = await self._pool.take(deadline - time.perf_counter())
+            unseen = await self._exchange(connection, headers, body, record, deadline)
+            if not (unseen and left):
+                return
+            record.unsend()
+
+    async def close(self) -> None:
+        self._pool.close()
+
+    async def _connect(self) -> Http2Connection:
+        loop = asyncio.get_running_loop()
+        transport, connection = await loop.create_connection(
+            Http2Connection, self._target.host, self._target.port, ssl=self._tls
+        )
+        if self._tls is not None and transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+            connection.close()
+            raise ConnectionError("the server does not speak HTTP/2 (ALPN)")
+        return connection
+
+    async def _exchange(
+        self, connection: Http2Connection, headers: list[Header], body: bytes, record: Record, deadline: float
+    ) -> bool:
+        """Whether the peer says that it did not look at the request."""
+        loop = asyncio.get_running_loop()
+        stream = _Stream(headers, body, Http2Answer(record, loop))
+        timer = loop.call_later(
+            max(0.0, deadline - time.perf_counter()),
+            lambda: stream.answer.fail("timeout", "not ended in time", time.perf_counter()),
+        )
+        try:
+            if connection.open:
+                connection.send(stream)
+            else:  # it was closed since it was taken
+                stream.answer.unseen = True
+                stream.answer.fail(
+                    "connect", "the connection was closed before the request went out", time.perf_counter()
+                )
+            await stream.answer.over
+        finally:
+            timer.cancel()
+            connection.cancel(stream)
+            self._pool.give(connection)
+        return stream.answer.unseen
+
+    def _headers(self, body: bytes, request_id: str) -> list[Header]:
+        target = self._target
+        headers = [
+            (b":method", b"POST"),
+            (b":scheme", b"https" if target.tls else b"http"),
+            (b":authority", target.authority.encode()),
+            (b":path", f"{target.base}/v1/chat/completions".encode()),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", request_id.encode()),
+        ]
+        if target.api_key:
+            headers.append((b"authorization", f"Bearer {target.api_key}".encode()))
+        return headers
