@@ -28,7 +28,7 @@ from labkit.traffic.target import Target, tls_context
 STREAMS_BEFORE_SETTINGS = 100
 """Streams at once before the peer has said how many it takes; RFC 9113 recommends no limit below this one."""
 TRIES = 3
-"""How often a request is sent that the peer says it did not look at (GOAWAY)."""
+"""How often a request is sent that the peer says it did not look at (GOAWAY, or more streams than it takes)."""
 
 
 class Http2Answer(HttpAnswer):
@@ -44,10 +44,12 @@ class _Stream:
     answer: Http2Answer
     number: int = 0
     """0 until it is opened."""
+    early: bool = False
+    """Whether it was opened before the peer had said how many streams it takes."""
 
 
 class Http2Connection(asyncio.Protocol):
-    """One connection and its streams. ``open``: it takes new ones."""
+    """One connection and its streams. ``open``: it takes new ones. ``wrong``: why it is not HTTP/2, or empty."""
 
     def __init__(self) -> None:
         self.open = False
@@ -57,6 +59,8 @@ class Http2Connection(asyncio.Protocol):
         self._most = STREAMS_BEFORE_SETTINGS
         self._h2 = open_connection(client=True, ENABLE_PUSH=0)
         self._first = b""
+        self._settled = False
+        self.wrong = ""
         self._inbox, self._outbox = Inbox(self._h2), Outbox(self._h2)
 
     def send(self, stream: _Stream) -> None:
@@ -91,8 +95,9 @@ class Http2Connection(asyncio.Protocol):
             events = self._h2.receive_data(data)
         except ProtocolError as error:
             self._flush()
+            self.wrong = str(error) or type(error).__name__
             for stream in self._forgotten():
-                stream.answer.fail("protocol", str(error) or type(error).__name__, now)
+                stream.answer.fail("protocol", self.wrong, now)
             self.close()
             return
         for event in events:
@@ -131,11 +136,11 @@ class Http2Connection(asyncio.Protocol):
                 self._read(stream.answer, event, now)
         elif isinstance(event, StreamReset):
             if stream := self._gone(event.stream_id):
-                self._reset(stream.answer, event.error_code, now)
+                self._reset(stream, event.error_code, now)
         elif isinstance(event, ConnectionTerminated):
             self._going_away(event, now)
         elif isinstance(event, RemoteSettingsChanged):
-            self._most = self._h2.remote_settings.max_concurrent_streams
+            self._settled, self._most = True, self._h2.remote_settings.max_concurrent_streams
             self._outbox.windows_opened()
         elif isinstance(event, WindowUpdated):
             self._outbox.windows_opened()
@@ -156,9 +161,11 @@ class Http2Connection(asyncio.Protocol):
             answer.fail("protocol", str(error) or type(error).__name__, now)
 
     @staticmethod
-    def _reset(answer: Http2Answer, code: ErrorCodes | int | None, now: float) -> None:
+    def _reset(stream: _Stream, code: ErrorCodes | int | None, now: float) -> None:
+        answer = stream.answer
         name = code.name if isinstance(code, ErrorCodes) else f"error {code}"
         if code in (ErrorCodes.REFUSED_STREAM, ErrorCodes.ENHANCE_YOUR_CALM):
+            answer.unseen = code == ErrorCodes.REFUSED_STREAM and stream.early
             answer.fail("shed", f"the server turned the stream away: {name}", now)
         else:
             answer.broke(f"the server reset the stream: {name}", now)
@@ -179,6 +186,7 @@ class Http2Connection(asyncio.Protocol):
     def _admit(self) -> None:
         while self._waiting and self.open and len(self._streams) < self._most:
             stream = self._waiting.popleft()
+            stream.early = not self._settled
             stream.number = self._h2.get_next_available_stream_id()
             self._streams[stream.number] = stream
             self._h2.send_headers(stream.number, stream.headers)
@@ -249,6 +257,8 @@ class Http2:
         try:
             if connection.open:
                 connection.send(stream)
+            elif connection.wrong:
+                stream.answer.fail("protocol", connection.wrong, time.perf_counter())
             else:  # it was closed since it was taken
                 stream.answer.unseen = True
                 stream.answer.fail(

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from labkit.errors import UserError
-from labkit.serving.tls import own_certificate
+from labkit.traffic import target
 from labkit.traffic.golden import Golden
 from labkit.traffic.target import Target, parse_connections
 
@@ -37,15 +37,14 @@ def test_connections_are_one_a_stream_over_http1_and_one_in_all_over_the_others(
 
 
 def test_the_connections_of_all_processes_are_those_asked_for():
-    target = Target.parse("h2c://h", connections=8)
-    assert [target.share(number, 3).connections for number in range(3)] == [3, 3, 2]
+    shared = Target.parse("h2c://h", connections=8)
+    assert [shared.share(number, 3).connections for number in range(3)] == [3, 3, 2]
     each = Target.parse("http://h", connections="each")
     assert each.share(1, 3) == each
 
 
 @pytest.mark.parametrize("transport", ["http/2 tls", "http/1.1"])
-def test_a_server_with_tls_is_asked_what_it_speaks(tmp_path, transport):
-    certificate = own_certificate(directory=tmp_path)
+def test_a_server_with_tls_is_asked_what_it_speaks(tmp_path, certificate, transport):
     with Golden(transport=transport, certificate=certificate) as golden:
         assert golden.url.startswith("https://")
         assert Target.parse(golden.url, cafile=str(certificate.certificate)).settled().transport == transport
@@ -55,7 +54,8 @@ def test_a_server_with_tls_is_asked_what_it_speaks(tmp_path, transport):
             Target.parse(golden.url, cafile=str(tmp_path / "none")).settled()
 
 
-def test_a_server_without_tls_or_none_at_all_is_said():
+def test_a_server_without_tls_or_none_at_all_is_said(monkeypatch):
+    monkeypatch.setattr(target, "NEGOTIATION_TIMEOUT_S", 0.3)
     with Golden() as golden, pytest.raises(UserError, match="is it an https:// server"):
         Target.parse(golden.url.replace("http://", "https://")).settled()
     with socket.socket() as unused:
