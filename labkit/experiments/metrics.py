@@ -7,7 +7,7 @@ by their scheduled time; only throughput and goodput count what ended inside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -159,6 +159,27 @@ def itl(table: pd.DataFrame, window: Window, q: float = 95, per_token: bool = Fa
     if not values:
         return Estimate(math.nan, math.nan, math.nan, 0, "s")
     return bootstrap_pooled_percentile(np.concatenate(values), np.concatenate(weights), np.concatenate(owners), q, "s")
+
+
+def lateness(table: pd.DataFrame, window: Window, due: Mapping[int, np.ndarray], q: float = 99) -> Estimate:
+    """Percentile q of (arrival − due) over the tokens of the whole answers, all answers' tokens together. Seconds.
+
+    ``due``: request -> [tokens] when its server's schedule had each token, in seconds of the run. The tokens of a chunk
+    arrive together, so that what a chunk waited for its last one counts as late for its first. The interval resamples
+    answers, because the tokens of one are not independent. Raises ValueError when a schedule and its answer differ in
+    their number of tokens.
+    """
+    late, owners = [], []
+    for request, times, tokens in _done(measured(table, window))[["chunk_t", "chunk_tokens"]].itertuples():
+        arrived, scheduled = np.repeat(times, tokens), np.asarray(due[request], dtype=float)
+        if len(arrived) != len(scheduled):
+            raise ValueError(f"request {request}: {len(arrived)} tokens came, {len(scheduled)} were scheduled")
+        late.append(arrived - scheduled)
+        owners.append(np.full(len(arrived), request))
+    if not late:
+        return Estimate(math.nan, math.nan, math.nan, 0, "s")
+    pooled = np.concatenate(late)
+    return bootstrap_pooled_percentile(pooled, np.ones(len(pooled)), np.concatenate(owners), q, "s")
 
 
 def throughput(table: pd.DataFrame, window: Window) -> Estimate:

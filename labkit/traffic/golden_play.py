@@ -159,7 +159,7 @@ class Play:
         elif fault == "goaway":
             voice.go_away()
         elif fault == "garbage":
-            voice.garbage()
+            self._at(self.answered.received + self.script.ttft_s, voice.garbage)
         elif fault in ("4xx", "429", "503", "5xx"):
             voice.refuse(fault)
         elif stream:

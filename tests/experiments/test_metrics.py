@@ -99,6 +99,20 @@ def test_chunks_of_several_tokens():
     assert metrics.tpot(table, WINDOW).value == pytest.approx(0.5 / 6)
 
 
+def test_lateness_is_of_every_token_from_its_own_time():
+    # Tokens due at 1.0, 1.1, 1.2, 1.3 came at 1.05 and, three together, at 1.35: late by 0.05, 0.25, 0.15, 0.05.
+    chunks = [(1.05, 1, "answer"), (1.35, 3, "answer")]
+    rows = [record(0, 0.0, chunks=chunks), record(1, 0.0, end=2.0, failure="truncated"), scripted(2, 200.0, 1, 1, 1)]
+    table = requests_table(events_table(rows))
+    due = {0: np.array([1.0, 1.1, 1.2, 1.3])}
+    late = {q: metrics.lateness(table, WINDOW, due, q).value for q in (50, 75, 99)}
+    assert late == {50: pytest.approx(0.05), 75: pytest.approx(0.15), 99: pytest.approx(0.25)}
+    assert metrics.lateness(table, WINDOW, due).n == 4  # neither the failed request's nor those after the window
+    with pytest.raises(ValueError, match="request 0: 4 tokens came, 3 were scheduled"):
+        metrics.lateness(table, WINDOW, {0: due[0][:3]})
+    assert math.isnan(metrics.lateness(table.loc[[1]], WINDOW, {}).value)
+
+
 def test_an_answer_in_one_chunk_has_no_tpot():
     table = requests_table(events_table([record(0, 0.0, chunks=[(1.0, 9, "answer")])]))
     assert math.isnan(metrics.tpot(table, WINDOW).value)

@@ -49,6 +49,22 @@ def test_counts_are_exact_and_times_lie_just_after_the_servers(processes):
     assert len(load.cpu_shares) == processes and load.model == "golden"
 
 
+@pytest.mark.parametrize("transport", ["http/2", "grpc"])
+def test_processes_share_connections_and_the_schedule_over_every_transport(transport):
+    scripts = [Script(ttft_s=0.03, itl_s=0.01, tokens=5 + i, word=f"w{i}-") for i in range(20)]
+    workload = Workload.article(users=6, requests=20, mix=SHORT)
+    with Golden(scripts, transport=transport) as golden:
+        load = send_load(golden.url, workload, "golden", connections=3, processes=2)
+        assert golden.connections == 3
+        assert sorted(int(one.request_id) for one in golden.answered) == list(range(20))
+        with pytest.raises(UserError, match="2 client processes cannot share 1 connections"):
+            send_load(golden.url, workload, processes=2)
+    table = requests_table(load.events)
+    assert (load.transport, load.connections, len(load.cpu_shares)) == (transport, 3, 2)
+    assert (table["failure"] == "").all()
+    assert table["text"].tolist() == [script.text(0, script.tokens - 1) for script in scripts]
+
+
 def test_prompts_follow_from_the_seed_and_answers_are_checked(tmp_path):
     """The trace asks two questions; the golden server answers both with ' t0'."""
     rows = [
