@@ -17,7 +17,8 @@ def bench(
     workloads: Annotated[
         list[str] | None,
         typer.Argument(
-            help="throughput, mix, decode, users, attention, elementwise, linear, training, quantization: one or more."
+            help="throughput, mix, decode, users, attention, elementwise, linear, training, quantization, serving: "
+            "one or more."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A Hugging Face directory; absent: the shipped model.")] = None,
@@ -43,7 +44,7 @@ def bench(
     ] = "all",
     only: Annotated[
         list[str] | None,
-        typer.Option(help="attention, elementwise, linear, training: only cases with this in their name."),
+        typer.Option(help="attention, elementwise, linear, training, serving: only cases with this in their name."),
     ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also print the dearest kernels of each workload.")
@@ -58,6 +59,8 @@ def bench(
     On a GPU the deployment is the one at full speed, without prefix cache: no two prompts begin alike.
 
     labkit bench mix --requests 16 --repeat 1
+
+    labkit bench serving --only http/2 --set chunk_tokens=4
 
     labkit bench throughput decode --random-weights deepseek-r1-distill-qwen-1.5b --peers none
     """

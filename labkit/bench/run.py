@@ -13,6 +13,7 @@ from labkit.bench.operators import Case, run_case
 from labkit.bench.peers import PEERS, free
 from labkit.bench.quantization import measure_quantization
 from labkit.bench.rows import keeping
+from labkit.bench.serving import measure_serving
 from labkit.bench.training import measure_training
 from labkit.errors import UserError
 from labkit.experiments.provenance import machine, versions
@@ -20,8 +21,8 @@ from labkit.experiments.store import Run, RunStore
 from labkit.runner.runner import DTYPES, torch_device
 
 KERNEL_WORKLOADS = ("attention", "elementwise", "linear")
-TRAINING, QUANTIZATION = "training", "quantization"
-WORKLOADS = (*ENGINE_WORKLOADS, *KERNEL_WORKLOADS, TRAINING, QUANTIZATION)
+TRAINING, QUANTIZATION, SERVING = "training", "quantization", "serving"
+WORKLOADS = (*ENGINE_WORKLOADS, *KERNEL_WORKLOADS, TRAINING, QUANTIZATION, SERVING)
 
 
 def bench(options: Options, store: RunStore, say: Callable[[str], None], only: Sequence[str] = ()) -> Run:
@@ -49,6 +50,8 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
             EngineBench(options, ceilings, book, say).run()
         if TRAINING in options.workloads:
             measure_training(device, book, say, only, options.repeat)
+        if SERVING in options.workloads:
+            measure_serving(options.deployment, book, say, only, options.repeat)
         if QUANTIZATION in options.workloads:
             measure_quantization(options.deployment.model, device, book, say, bool(options.peers), options.requests)
         cases = [case for name in options.workloads for case in _cases(name, device, dtype)]

@@ -35,12 +35,15 @@ AFTER_DEATH_S = 2.0
 
 @dataclass(frozen=True)
 class Server:
-    """A server process that answers at ``url``; its output goes to ``log``."""
+    """A server process that answers at ``url``; its output goes to ``log``. ``http_url`` is where it tells of itself:
+    the same, or beside it where ``url`` is no HTTP. ``cafile`` is the certificate that it made for TLS."""
 
     url: str
     process: subprocess.Popen[bytes]
     log: Path
     ready_after_s: float
+    http_url: str
+    cafile: str | None = None
 
     def death(self) -> str:
         """How the process ended by itself, or an empty string while it lives."""
@@ -72,11 +75,12 @@ def measure(
     """
     with store.create(name or workload.name) as draft:
         with running_server(deployment, draft.path / "server.log", ready_timeout_s, say, command) as server:
-            probes: list[Probe] = [HostProbe(server.process.pid), GpuProbe(), EngineProbe(server.url)]
+            engine = EngineProbe(server.http_url, cafile=server.cafile)
+            probes: list[Probe] = [HostProbe(server.process.pid), GpuProbe(), engine]
             with Sampler(probes, hz) as sampler:
                 load = send_load(
                     server.url, workload, processes=processes, progress=progress, stop=_stop_after_death(server),
-                    spool=draft.path,
+                    spool=draft.path, transport=deployment.transport, cafile=server.cafile,
                 )  # fmt: skip
             samples = sampler.frame()
             samples["t_s"] -= load.zero
@@ -110,8 +114,9 @@ def running_server(
             env={name: value for name, value in os.environ.items() if name != "LABKIT_API_KEY"},
         )  # fmt: skip
     try:
-        url = _wait_until_ready(process, log, started + ready_timeout_s, say)
-        yield Server(url, process, log, time.monotonic() - started)
+        url, http_url = _wait_until_ready(process, log, started + ready_timeout_s, say)
+        made = re.search(r"^labkit: certificate (.+)$", log.read_text(errors="replace"), re.M)
+        yield Server(url, process, log, time.monotonic() - started, http_url, made[1] if made else None)
     finally:
         end_group(process)
 
@@ -150,7 +155,10 @@ def last_lines(log: Path, count: int = LAST_LINES) -> list[str]:
     return [line for line in lines if line.strip()][-count:]
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, deadline: float, say: Callable[[str], None]) -> str:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], log: Path, deadline: float, say: Callable[[str], None]
+) -> tuple[str, str]:
+    """Where it answers, and where it tells of itself by HTTP."""
     said = 0
     while True:
         died = process.poll() is not None
@@ -158,8 +166,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, deadline: flo
         lines = text[: text.rfind("\n") + 1].splitlines()
         for line in lines[said:]:
             say(line)
-            if ready := re.search(r"\bready on (http://\S+)", line):
-                return ready[1]
+            if ready := re.search(r"\bready on ((?:https?|grpc)://[^\s,]+)(?:, .* on (http://\S+))?", line):
+                return ready[1], ready[2] or ready[1]
         said = len(lines)
         if died:
             words = " | ".join(last_lines(log, 3)) or "it said nothing"

@@ -8,6 +8,7 @@ import json
 import time
 import uuid
 from contextlib import aclosing
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -18,6 +19,7 @@ from labkit.serving.pieces import Piece, Progress
 from labkit.serving.prompts import Work
 from labkit.serving.protocol import ChatRequest, CompletionRequest
 from labkit.serving.streams import Choice, chat_logprobs, completion_logprobs
+from labkit.serving.unread import Outbox, Unread
 
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 SSE_HEADERS = [
@@ -25,12 +27,10 @@ SSE_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+UNWRAPPED_SEND = "labkit.send"
+"""The key of a scope under which the server's own ``send`` is."""
 # The answer's status is known once the engine has taken the request; it is sent with the first token, so that what can
 # still be refused (a full queue, a failed engine) is refused with a status and not inside a 200.
-
-
-class Unread(Exception):
-    """The client leaves what was sent to it unread."""
 
 
 class Answer:
@@ -51,15 +51,17 @@ class Answer:
         }
         self._progress = Progress(service, work, received, self._chat)
         self._choices = self._progress.choices
+        self._outbox = Outbox(service.options.send_timeout_s)
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError for what is refused before the answer began."""
         metrics = self._service.metrics
+        self._send_body = scope.get(UNWRAPPED_SEND, send)
         answer = asyncio.create_task(self._stream(send) if self._request.stream else self._whole(send))
         gone = asyncio.create_task(_until_gone(receive))
         try:
-            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            await self._outbox.first_of(answer, gone)
             if not answer.done():
                 answer.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -77,7 +79,7 @@ class Answer:
             if not self._started:
                 raise refusal from error
             metrics.ended("failed", refusal.kind)
-            await self._send(send, _event(refusal.body()), more=False)
+            await self._send(_event(refusal.body()), more=False)
         finally:
             answer.cancel()
             gone.cancel()
@@ -92,7 +94,7 @@ class Answer:
             "usage": self._usage(),
         }
         await self._begin(send, [(b"content-type", b"application/json")])
-        await self._send(send, json.dumps(body).encode(), more=False)
+        await self._send(json.dumps(body).encode(), more=False)
 
     async def _stream(self, send: Send) -> None:
         options = self._request.stream_options
@@ -108,25 +110,29 @@ class Answer:
                 first = index not in spoken
                 if not (first or piece.reasoning or piece.text or piece.finish_reason or piece.logprobs):
                     continue
-                chunk = f'data: {head},"choices":[{ENCODER.encode(self._chunk(piece, first))}]'
+                chunk = f'data: {head},"choices":[{self._chunk(piece, first)}]'
                 if continuous or (include is None and finished == len(self._choices)):
                     chunk += f',"usage":{ENCODER.encode(self._usage())}'
                 if not self._started:
                     await self._begin(send, SSE_HEADERS)
-                await self._send(send, f"{chunk}}}\n\n".encode())
+                await self._send(f"{chunk}}}\n\n".encode())
                 spoken.add(index)
         last = b"data: [DONE]\n\n"
         if include:
             last = _event({**self._head, "choices": [], "usage": self._usage()}) + last
-        await self._send(send, last, more=False)
+        await self._send(last, more=False)
 
-    def _chunk(self, piece: Piece, first: bool) -> dict[str, Any]:
+    def _chunk(self, piece: Piece, first: bool) -> str:
+        """A choice in JSON."""
         tokenizer = self._service.engine.tokenizer
         index, text, reason = piece.choice.index, piece.text, piece.finish_reason
         logprobs = list(piece.logprobs)
+        if self._chat and text and not (first or piece.reasoning or logprobs or reason):
+            # Most chunks are of this kind; written out, they cost a third.
+            return f'{{"index":{index},"delta":{{"content":{quoted(text)}}},"logprobs":null,"finish_reason":null}}'
         if not self._chat:
             shown = completion_logprobs(tokenizer, logprobs, piece.offset) if logprobs else None
-            return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
+            return ENCODER.encode({"index": index, "text": text, "logprobs": shown, "finish_reason": reason})
         said: dict[str, str] = {}
         if first:
             said["role"] = "assistant"
@@ -135,7 +141,7 @@ class Answer:
         if text or (first and not piece.reasoning):
             said["content"] = text
         shown = chat_logprobs(tokenizer, logprobs) if logprobs else None
-        return {"index": index, "delta": said, "logprobs": shown, "finish_reason": reason}
+        return ENCODER.encode({"index": index, "delta": said, "logprobs": shown, "finish_reason": reason})
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         tokenizer = self._service.engine.tokenizer
@@ -169,13 +175,8 @@ class Answer:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._started = True
 
-    async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
-        """Waits while the client's and the server's buffers are full; raises Unread when that takes too long."""
-        try:
-            async with asyncio.timeout(self._service.options.send_timeout_s):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError as error:
-            raise Unread from error
+    async def _send(self, body: bytes, more: bool = True) -> None:
+        await self._outbox.put(self._send_body({"type": "http.response.body", "body": body, "more_body": more}))
 
 
 def _event(payload: dict[str, Any]) -> bytes:

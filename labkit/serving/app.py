@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from labkit.serving.answers import Answer
+from labkit.serving.answers import UNWRAPPED_SEND, Answer
 from labkit.serving.errors import ApiError, as_api_error
 from labkit.serving.intake import LOADING_RETRY_S, Service
 from labkit.serving.metrics import CONTENT_TYPE
@@ -28,6 +28,14 @@ from labkit.serving.options import ServerOptions
 from labkit.serving.protocol import ChatRequest, CompletionRequest
 
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
+
+
+class _App(Starlette):
+    """Starlette wraps ``send`` three times to learn that an answer began; a stream's tokens need not pass there."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[UNWRAPPED_SEND] = send
+        await super().__call__(scope, receive, send)
 
 
 def create_app(service: Service) -> Starlette:
@@ -83,7 +91,7 @@ def create_app(service: Service) -> Starlette:
         service.metrics.ended("cancelled", "client_gone")
         return Response(status_code=499)
 
-    app = Starlette(
+    app = _App(
         routes=[
             Route("/v1/chat/completions", completions(ChatRequest), methods=["POST"]),
             Route("/v1/completions", completions(CompletionRequest), methods=["POST"]),

@@ -7,7 +7,6 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -22,6 +21,7 @@ from labkit.serving.intake import Service
 from labkit.serving.pieces import Piece, Progress
 from labkit.serving.prompts import Work
 from labkit.serving.protocol import ChatRequest, CompletionRequest
+from labkit.serving.unread import Outbox, Unread
 from labkit.wire import generation_pb2, generation_pb2_grpc
 
 SERVICE: str = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
@@ -56,22 +56,41 @@ class Generation(generation_pb2_grpc.GenerationServicer):
             _, work = await (take(ChatRequest, body) if chat else take(CompletionRequest, body))
             if request.request_id:
                 await context.send_initial_metadata((("x-request-id", request.request_id),))
-            async with aclosing(_messages(Progress(self._service, work, received, chat), work)) as messages:
-                async for message in messages:
-                    async with asyncio.timeout(self._service.options.send_timeout_s):
-                        await context.write(message)
+            await self._answer(Progress(self._service, work, received, chat), work, context)
             metrics.completed(time.monotonic() - received)
         except asyncio.CancelledError:
             left = context.time_remaining()
             metrics.ended("cancelled", "client_gone" if left is None or left > 0 else "deadline")
             raise
-        except TimeoutError:
+        except Unread:
             metrics.ended("cancelled", "client_not_reading")
             await context.abort(grpc.StatusCode.ABORTED, "what was sent was not read")
         except Exception as error:
             refusal = as_api_error(error)
             self._service.refused(refusal)
             await context.abort(STATUS.get(refusal.status, grpc.StatusCode.UNKNOWN), refusal.message)
+
+    async def _answer(self, progress: Progress, work: Work, context: Any) -> None:
+        """Raises Unread, and what the engine raises."""
+        outbox = Outbox(self._service.options.send_timeout_s)
+
+        async def write() -> None:
+            unsaid = 0
+            async with aclosing(progress.chunks()) as pieces:
+                async for piece in pieces:
+                    unsaid += piece.tokens
+                    if piece.reasoning or piece.text or piece.finish_reason:
+                        await outbox.put(context.write(_message(piece, unsaid, progress, work)))
+                        unsaid = 0
+
+        writing = asyncio.create_task(write())
+        try:
+            await outbox.first_of(writing)
+            writing.result()
+        finally:
+            if not writing.done():
+                writing.cancel()
+                await asyncio.wait((writing,))
 
     def _require_key(self, context: Any) -> None:
         expected = self._service.options.api_key
@@ -100,16 +119,6 @@ def _as_json(request: Any) -> bytes:
     if request.model:
         body["model"] = request.model
     return json.dumps(body).encode()
-
-
-async def _messages(progress: Progress, work: Work) -> AsyncGenerator[Any, None]:
-    unsaid = 0
-    async with aclosing(progress.chunks()) as pieces:
-        async for piece in pieces:
-            unsaid += piece.tokens
-            if piece.reasoning or piece.text or piece.finish_reason:
-                yield _message(piece, unsaid, progress, work)
-                unsaid = 0
 
 
 def _message(piece: Piece, tokens: int, progress: Progress, work: Work) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from labkit.serving.options import StreamingEngine
 
@@ -17,30 +20,43 @@ OUTCOMES = ("completed", "cancelled", "refused", "failed")
 failed: the engine or the server broke."""
 
 
+class Distribution(Collector):
+    """A histogram of seconds, for one thread. The client library's takes ten times as long for an observation, which
+    counts where there is one for every token."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._name, self._text = name, text
+        self._counts = [0] * (len(SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        bounds = [*(floatToGoString(each) for each in SECONDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
 class Metrics:
     """Counters and histograms of one server; called from the event loop only."""
 
     def __init__(self, engine: StreamingEngine) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine))
-        self.ttft = Histogram(
-            "labkit_time_to_first_token_seconds",
-            "From the request's last byte to its first token.",
-            buckets=SECONDS,
-            registry=self.registry,
+        self.ttft = Distribution(
+            "labkit_time_to_first_token_seconds", "From the request's last byte to its first token."
         )
-        self.itl = Histogram(
-            "labkit_inter_token_latency_seconds",
-            "Between two pieces of an answer, each one token or more.",
-            buckets=SECONDS,
-            registry=self.registry,
+        self.itl = Distribution(
+            "labkit_inter_token_latency_seconds", "Between two pieces of an answer, each one token or more."
         )
-        self.e2e = Histogram(
+        self.e2e = Distribution(
             "labkit_request_duration_seconds",
             "From the request's last byte to the answer's last token; completed requests.",
-            buckets=SECONDS,
-            registry=self.registry,
         )
+        for distribution in (self.ttft, self.itl, self.e2e):
+            self.registry.register(distribution)
         self._outcomes = Counter(
             "labkit_requests", "Requests for completions by outcome.", ["outcome"], registry=self.registry
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import json
 import logging
@@ -158,6 +159,9 @@ async def _announce(engine: Any, deployment: Deployment, url: str, stop: asyncio
         _say(f"cannot serve {deployment.model}: {engine.failed}", error=True)
         return True
     if engine.ready:
+        # What loading left behind lives as long as the process: a collector that goes through it holds up every stream.
+        gc.collect()
+        gc.freeze()
         _say(f"ready on {url}")
     return False
 
