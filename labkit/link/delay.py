@@ -15,6 +15,7 @@ import select
 import selectors
 import signal
 import socket
+import struct
 import sys
 from typing import Any
 
@@ -23,6 +24,8 @@ from labkit.link.namespaces import wake_on_time
 _READ_BYTES = 65536
 _MOST_PIECES = 4096
 _BACKLOG = 4096
+_RESET = struct.pack("ii", 1, 0)
+"""Linger for no time: what is closed is reset."""
 
 _Pieces = asyncio.Queue[tuple[float, bytes]]
 
@@ -85,6 +88,7 @@ class DelayRelay:
                 each.close()
         except BaseException as error:
             for each in writers:  # nobody listens, or one end was reset: so is the other
+                each.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 each.transport.abort()
             if not isinstance(error, OSError):
                 raise

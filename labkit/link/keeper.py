@@ -116,15 +116,15 @@ class Keeper:
     def _route(self) -> None:
         congctl = f" congctl {self.congestion}" if self.congestion else ""
         for position, host in enumerate(self.hosts):
+            near = [leg for leg in range(len(self.legs)) if leg in (position - 1, position)]
             with ns.network_of(self.holders[host]):
-                for leg in range(len(self.legs)):
-                    if leg in (position - 1, position):
-                        side, device = (1, "eth0") if leg == position - 1 else (0, "eth1" if position else "eth0")
-                        own = self._number(leg, side)[0]
-                        _ip(f"route replace {_PREFIX}.{leg}.0/24 dev {device} src {own} scope link{congctl}")
-                    else:  # beyond the host in the middle
-                        via = self._number(0, 1)[0] if position == 0 else self._number(1, 0)[0]
-                        _ip(f"route replace {_PREFIX}.{leg}.0/24 via {via}{congctl}")
+                for leg in near:
+                    side, device = (1, "eth0") if leg == position - 1 else (0, "eth1" if position else "eth0")
+                    own = self._number(leg, side)[0]
+                    _ip(f"route replace {_PREFIX}.{leg}.0/24 dev {device} src {own} scope link{congctl}")
+                for leg in set(range(len(self.legs))) - set(near):  # beyond the host in the middle
+                    via = self._number(0, 1)[0] if position == 0 else self._number(1, 0)[0]
+                    _ip(f"route replace {_PREFIX}.{leg}.0/24 via {via}{congctl}")
 
     def _write_sysctls(self) -> None:
         refused = set()
