@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields
@@ -16,6 +17,8 @@ from labkit.models.loading import load_tokenizer
 from labkit.request import EngineStats, SamplingParams
 
 MAX_CONTEXT = 1 << 20
+STEP_S = 0.004
+"""Tokens that are due within so long come together, at its end, as an engine's come a step at a time."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class ScheduleEngine:
         self.ready = False
         self.failed: str | None = None
         self._running = self._prompt_tokens = self._generated_tokens = 0
+        self._steps: dict[int, list[asyncio.Future[None]]] = {}
 
     def start(self) -> None:
         self.ready = True
@@ -107,9 +111,7 @@ class ScheduleEngine:
         start = time.monotonic()
         try:
             for index in range(count):
-                wait_s = start + schedule.due_s(index) - time.monotonic()
-                if wait_s > 0:
-                    await asyncio.sleep(wait_s)
+                await self._step_after(start + schedule.due_s(index))
                 self._generated_tokens += 1
                 reason = None
                 if index == count - 1:
@@ -117,6 +119,22 @@ class ScheduleEngine:
                 yield Delta(schedule.text(index, start), (index,), (), reason)  # type: ignore[arg-type]
         finally:
             self._running -= 1
+
+    async def _step_after(self, due: float) -> None:
+        if due <= time.monotonic():
+            return
+        step, loop = math.ceil(due / STEP_S), asyncio.get_running_loop()
+        if step not in self._steps:
+            self._steps[step] = []
+            loop.call_at(loop.time() + step * STEP_S - time.monotonic(), self._end_step, step)
+        waiter = loop.create_future()
+        self._steps[step].append(waiter)
+        await waiter
+
+    def _end_step(self, step: int) -> None:
+        for waiter in self._steps.pop(step):
+            if not waiter.done():  # a request that was cancelled
+                waiter.set_result(None)
 
     def stats(self) -> EngineStats:
         return EngineStats(

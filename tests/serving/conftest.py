@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
@@ -21,9 +23,11 @@ from labkit.deployment import Deployment
 from labkit.engine import Delta
 from labkit.request import EngineStats, SamplingParams
 from labkit.serving.app import create_app
+from labkit.serving.grpc_server import GrpcServer
 from labkit.serving.http import listen, serve_app
 from labkit.serving.intake import Service
 from labkit.serving.options import ServerOptions
+from labkit.serving.tls import Certificate, own_certificate
 
 
 @dataclasses.dataclass
@@ -75,35 +79,48 @@ class ScriptedEngine:
 
 
 @contextmanager
-def running(engine: Any, options: ServerOptions | None = None) -> Iterator[str]:
+def running(
+    engine: Any, options: ServerOptions | None = None, transport: str = "http/1.1", tls: Certificate | None = None
+) -> Iterator[str]:
     """The URL of a server in front of ``engine``, for as long as the block lasts."""
-    listener = listen("127.0.0.1", 0)
-    app = create_app(Service.of(engine, options or ServerOptions(model_name="tiny")))
+    service = Service.of(engine, options or ServerOptions(model_name="tiny"))
     started = threading.Event()
     handle: dict[str, Any] = {}
 
     async def main() -> None:
         handle["loop"], handle["stop"] = asyncio.get_running_loop(), asyncio.Event()
+        if transport == "grpc":
+            server = GrpcServer(service, "127.0.0.1", 0)
+            handle["url"] = f"grpc://127.0.0.1:{server.port}"
+            serving = server.serve(handle["stop"])
+        else:
+            listener = listen("127.0.0.1", 0)
+            handle["url"] = f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
+            serving = serve_app(create_app(service), listener, handle["stop"], transport=transport, tls=tls)
         started.set()
-        await serve_app(app, listener, handle["stop"])
+        await serving
 
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
     thread.start()
     assert started.wait(10)
-    _wait_until_served(url)
+    _wait_until_served(handle["url"], tls)
     try:
-        yield url
+        yield handle["url"]
     finally:
         handle["loop"].call_soon_threadsafe(handle["stop"].set)
         thread.join(15)
     assert not thread.is_alive(), "the server did not stop"
 
 
-def _wait_until_served(url: str) -> None:
+def _wait_until_served(url: str, tls: Certificate | None) -> None:
+    if url.startswith("grpc"):
+        with grpc.insecure_channel(url.removeprefix("grpc://")) as channel:
+            grpc.channel_ready_future(channel).result(10)
+        return
+    verify = ssl.create_default_context(cafile=str(tls.certificate)) if tls else True
     for _ in range(200):
         try:
-            httpx.get(url + "/openapi.json", timeout=5)
+            httpx.get(url + "/openapi.json", timeout=5, verify=verify)
             return
         except httpx.TransportError:
             time.sleep(0.02)
@@ -126,6 +143,11 @@ def engine(tokenizer: Any) -> ScriptedEngine:
 def url(engine: ScriptedEngine) -> Iterator[str]:
     with running(engine) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return own_certificate(directory=tmp_path_factory.mktemp("tls"))
 
 
 def chat(content: Any = "hello", **fields: Any) -> dict[str, Any]:
