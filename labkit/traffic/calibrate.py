@@ -19,7 +19,7 @@ import pandas as pd
 from labkit.errors import UserError
 from labkit.traffic.generate import Load, processes_needed, send_load
 from labkit.traffic.golden_play import Script
-from labkit.traffic.target import Connections, Transport
+from labkit.traffic.target import Connections, Transport, connections_of
 from labkit.traffic.workload import Workload, schedule
 
 MOST_ADDED = 0.15
@@ -73,9 +73,11 @@ def calibrate(
     HTTP/1.1 has fewer connections than there are streams are the knob's doing, not the client's: there are then as
     many users as connections.
     """
+    shared = connections_of(transport, connections)
+    processes = processes or processes_needed(workload, shared)
     takes_s = script.ttft_s + (script.tokens - 1) * script.itl_s
-    if not workload.open_loop and transport.startswith("http/1.1") and isinstance(connections, int):
-        workload = workload.but(users=min(workload.users, connections))
+    if not workload.open_loop and transport.startswith("http/1.1") and isinstance(shared, int):
+        workload = workload.but(users=min(workload.users, shared))
     changes: dict[str, Any] = {"arrivals": "constant" if workload.open_loop else "closed", "trace": None, "cv": 1.0}
     if workload.open_loop:
         rate = workload.rate if workload.trace is None else _trace_rate(workload)
@@ -105,8 +107,8 @@ def calibrate(
             if ready is None:
                 raise UserError("the calibration server did not start")
             load = send_load(
-                ready[1], short, "golden", processes=processes or processes_needed(workload), transport=transport,
-                connections=connections, cafile=ready[2],
+                ready[1], short, "golden", processes=processes, transport=transport,
+                connections=shared, cafile=ready[2],
             )  # fmt: skip
             server.stdin.close()
             server.wait(timeout=30)

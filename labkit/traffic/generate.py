@@ -31,6 +31,7 @@ CHUNKS_A_SECOND = 20_000
 STREAM_CHUNKS_A_SECOND = 100
 """How fast one closed-loop user's stream is assumed to come when the number of processes is chosen."""
 
+MOST_PROCESSES = 256
 START_TIMEOUT_S = 120.0
 
 
@@ -134,24 +135,24 @@ def send_load(
     )  # fmt: skip
 
 
-def processes_needed(workload: Workload) -> int:
-    """Client processes for the chunks that are to be expected, never more than cores."""
+def processes_needed(workload: Workload, connections: Connections = "each") -> int:
+    """Client processes for the chunks that are to be expected, never more than cores or than connections to share."""
     if workload.open_loop:
         chunks = workload.rate * workload.max_tokens
     else:
         chunks = workload.users * STREAM_CHUNKS_A_SECOND
-    return max(1, min(math.ceil(chunks / CHUNKS_A_SECOND), os.cpu_count() or 1))
+    most = min(os.cpu_count() or 1, connections if isinstance(connections, int) else MOST_PROCESSES)
+    return max(1, min(math.ceil(chunks / CHUNKS_A_SECOND), most))
 
 
 def _processes(workload: Workload, asked: int | None, connections: Connections) -> int:
-    most = connections if isinstance(connections, int) else 256
     if asked is None:
-        return min(processes_needed(workload), most)
-    if not 1 <= asked <= 256:
-        raise UserError(f"processes must be between 1 and 256, got {asked}")
-    if asked > most:
+        return processes_needed(workload, connections)
+    if not 1 <= asked <= MOST_PROCESSES:
+        raise UserError(f"processes must be between 1 and {MOST_PROCESSES}, got {asked}")
+    if isinstance(connections, int) and asked > connections:
         raise UserError(
-            f"{asked} client processes cannot share {most} connections; take fewer processes or more of them"
+            f"{asked} client processes cannot share {connections} connections; take fewer processes or more of them"
         )
     return asked
 

@@ -37,7 +37,7 @@ class Http2Peer(asyncio.Protocol):
         self._inbox, self._outbox = Inbox(self._h2), Outbox(self._h2)
         self._requests: dict[int, tuple[dict[bytes, bytes], bytearray]] = {}
         self._plays: dict[int, Play] = {}
-        self._going = False
+        self._going = self._flushing = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -53,7 +53,7 @@ class Http2Peer(asyncio.Protocol):
         try:
             events = self._h2.receive_data(data)
         except ProtocolError:
-            self._flush()
+            self._write()
             self._transport.close()
             return
         for event in events:
@@ -89,10 +89,12 @@ class Http2Peer(asyncio.Protocol):
         self._flush()
 
     def raw(self, data: bytes) -> None:
+        self._write()
         self._transport.write(data)
 
     def go_away(self, number: int) -> None:
         """Streams before ``number`` are still answered. The h2 library would take the connection for closed."""
+        self._write()
         self._going = True
         last = max((each for each in self._plays if each < number), default=0)
         # RFC 9113, 6.8: length, type 7, no flags, stream 0; last stream, NO_ERROR.
@@ -132,6 +134,13 @@ class Http2Peer(asyncio.Protocol):
             play.stop()
 
     def _flush(self) -> None:
+        """What several streams have to say at one moment goes out in one write."""
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._write)
+
+    def _write(self) -> None:
+        self._flushing = False
         if data := self._h2.data_to_send():
             self._transport.write(data)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, H2Connection, H2ConnectionStateMachine
 from h2.events import Event
+from h2.exceptions import FrameTooLargeError
 from h2.settings import SettingCodes, Settings
 
 Header = tuple[bytes, bytes]
@@ -16,8 +19,12 @@ WINDOW_BYTES = 2**31 - 1
 FIRST_WINDOW_BYTES = 2**16 - 1
 
 
+DATA = 0
 SETTINGS = 4
-"""The type of the frame that comes first."""
+"""Types of frames; SETTINGS come first."""
+HEADER_BYTES = 9
+MOST_FRAME_BYTES = 2**14
+"""What a peer may send in a frame unless told otherwise."""
 
 
 class _GoingOn(H2ConnectionStateMachine):
@@ -41,6 +48,39 @@ def open_connection(client: bool, **settings: int) -> H2Connection:
     connection.initiate_connection()
     connection.increment_flow_control_window(WINDOW_BYTES - FIRST_WINDOW_BYTES)
     return connection
+
+
+class Frame(NamedTuple):
+    kind: int
+    flags: int
+    stream: int
+    whole: bytes
+    """Header and all."""
+
+
+def take_frames(buffer: bytearray) -> Iterator[Frame]:
+    """The whole frames at the beginning of ``buffer``, which are taken from it. Raises h2's ProtocolError for one that
+    is larger than was agreed, at once (h2 waits until it is all there)."""
+    start = 0
+    try:
+        while len(buffer) - start >= HEADER_BYTES:
+            length = int.from_bytes(buffer[start : start + 3], "big")
+            if length > MOST_FRAME_BYTES:
+                raise FrameTooLargeError(f"a frame of {length} bytes; {MOST_FRAME_BYTES} are agreed on")
+            end = start + HEADER_BYTES + length
+            if len(buffer) < end:
+                return
+            stream = int.from_bytes(buffer[start + 5 : start + HEADER_BYTES], "big") & 0x7FFFFFFF
+            frame = Frame(buffer[start + 3], buffer[start + 4], stream, bytes(buffer[start:end]))
+            start = end
+            yield frame
+    finally:
+        del buffer[:start]
+
+
+def window_update(size: int) -> bytes:
+    """A frame that lets the peer send ``size`` more bytes on the connection."""
+    return b"\x00\x00\x04\x08\x00" + bytes(4) + size.to_bytes(4, "big")
 
 
 def not_http2(first: bytes) -> str:

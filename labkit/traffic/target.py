@@ -87,9 +87,7 @@ class Target:
     @property
     def shared_by(self) -> Connections:
         """``connections`` with its default in place."""
-        if self.connections is not None:
-            return self.connections
-        return "each" if self.transport in ("http/1.1", "http/1.1 close") else 1
+        return connections_of(self.transport, self.connections)
 
     def settled(self) -> Target:
         """The same with a transport: where it is to be agreed on, the server is asked which it speaks.
@@ -123,6 +121,13 @@ class Target:
         if not isinstance(self.shared_by, int):
             return self
         return replace(self, connections=len(range(number, self.shared_by, processes)))
+
+
+def connections_of(transport: str, connections: Connections | None) -> Connections:
+    """None replaced by what is usual over ``transport``."""
+    if connections is not None:
+        return connections
+    return "each" if transport in ("http/1.1", "http/1.1 close", "alpn") else 1
 
 
 def tls_context(target: Target, *protocols: str) -> ssl.SSLContext:
