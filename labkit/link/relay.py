@@ -5,10 +5,10 @@ linux/Documentation/networking/packet_mmap.rst); frames leave through a second p
 queue, may be lost after it, and arrives at the other host half a round trip later: loss is the receiver's, as on a
 real path, for what the sender's own kernel drops it sends again at once.
 
-How much the relay carries depends on the machine: `labkit link --rtt-ms 0` shows it, ``Link.calibrate`` measures it and
-``Link.kept_up`` says of a run whether frames were missed or came late. On two cores that sender and receiver share, full
-frames passed at 550 to 650 Mbit/s one way; 15,000 frames of 150 bytes a second each way were 0.2 ms late on average and
-25,000 were 13 ms late.
+How much the relay carries depends on the machine: `labkit link --rtt-ms 0` shows it, ``Link.calibrate`` measures it
+and ``Link.kept_up`` says of a run whether frames were missed or came late. On two cores that sender and receiver
+share, full frames passed at 550 to 650 Mbit/s one way; 15,000 frames of 150 bytes a second each way were 0.2 ms late
+on average and 25,000 were 13 ms late.
 """
 
 from __future__ import annotations
