@@ -69,7 +69,7 @@ class Deployment:
     chunk_tokens: int = 1
     """Tokens of a stream that are sent together."""
     chunk_ms: float = 0.0
-    """How long after the first token of a chunk it is sent although ``chunk_tokens`` are not there; 0 waits for them."""
+    """How long after its first token a chunk is sent although ``chunk_tokens`` are not there; 0 waits for them."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
