@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from statistics import NormalDist, median
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from labkit.errors import UserError
@@ -59,7 +59,8 @@ class LegCalibration:
     name: str
     nominal: Leg
     rtt_ms: float
-    """Median of the pings that came back."""
+    """Lower quartile of the pings that came back: a crowded host's own delay comes on top and is not the link's; what
+    the relay adds is counted by itself."""
     directions: tuple[DirectionCalibration, ...]
 
     @property
@@ -216,9 +217,7 @@ def _measure(leg: Leg, near: _Remote, far: _Remote, seconds: float, lost_in_rate
         rate, buffer = burst(leg, source, target, seconds / 4, wait_s)
         rate /= 1 - leg.loss if lost_in_rate else 1.0
         directions.append(DirectionCalibration(f"{source.host} to {target.host}", count, lost, rate, buffer))
-    return LegCalibration(
-        f"{near.host} and {far.host}", leg, median(trips) * 1e3 if trips else math.nan, tuple(directions)
-    )
+    return LegCalibration(f"{near.host} and {far.host}", leg, _lower_quartile(trips) * 1e3, tuple(directions))
 
 
 def _send(source: _Remote, target: _Remote, count: int, frame: int, per_s: float, wait_s: float) -> dict[str, Any]:
@@ -247,8 +246,9 @@ def _overload(leg: Leg, source: _Remote, target: _Remote, seconds: float, wait_s
     rate = _mbit(arrived)
     if not fills:
         return rate, math.nan
-    # The fastest frame's own time on the wire is part of its way, and a full queue holds it too.
-    return rate, (arrived["last_s"] - arrived["fastest_s"]) * rate * 1e3 / 8 + FRAME_BYTES / 1e3
+    # The fastest frame's own time on the wire is part of its way, and a full queue holds it too. Frames of one size fill
+    # it to between its room and one frame less.
+    return rate, (arrived["last_s"] - arrived["fastest_s"]) * rate * 1e3 / 8 + 1.5 * FRAME_BYTES / 1e3
 
 
 def _mbit(arrived: dict[str, Any]) -> float:
@@ -261,8 +261,12 @@ def _delay_only(link: Link, agents: dict[str, _Remote]) -> Calibration:
     to = link.endpoint(far.host, far.address[1])
     trips = near.ask({"do": "converse", "to": to, "count": _PINGS // 2})["round_trips"]
     whole = Leg(sum(leg.rtt_ms for leg in link.legs))
-    leg = LegCalibration(f"{near.host} and {far.host}", whole, median(trips) * 1e3, ())
+    leg = LegCalibration(f"{near.host} and {far.host}", whole, _lower_quartile(trips) * 1e3, ())
     return Calibration("delay only", (leg,), link.legs, (), link.congestion, (), tuple(link.notes))
+
+
+def _lower_quartile(values: Sequence[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 4] if values else math.nan
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

@@ -39,7 +39,7 @@ for _ in range(3):
 began = time.monotonic(); connection.request("GET", "/stream"); answer = connection.getresponse()
 pieces = []
 while piece := answer.read1(100): pieces.append((piece.decode(), time.monotonic() - began))
-print(json.dumps({"cold_ms": sorted(cold)[1] * 1e3, "pieces": pieces}))
+print(json.dumps({"cold_ms": min(cold) * 1e3, "pieces": pieces}))
 """
 
 
@@ -52,6 +52,7 @@ def test_an_edge_ends_tls_near_the_client_and_keeps_its_connection_to_the_origin
             grown = link.counters("edge") - before
     # TCP, TLS 1.3 and the request are three round trips to the edge, of which only the last goes on to the origin.
     expected = 3 * CLIENT_MS + ORIGIN_MS
+    # The best of three, for a crowded machine adds to it.
     assert expected <= seen["cold_ms"] < expected + 40 < 3 * (CLIENT_MS + ORIGIN_MS)
     assert (grown.connections_opened, grown.connections_accepted) == (0, 3)
     (first, at), (second, later) = seen["pieces"]
