@@ -246,8 +246,8 @@ def _overload(leg: Leg, source: _Remote, target: _Remote, seconds: float, wait_s
     rate = _mbit(arrived)
     if not fills:
         return rate, math.nan
-    # The fastest frame's own time on the wire is part of its way, and a full queue holds it too. Frames of one size fill
-    # it to between its room and one frame less.
+    # The fastest frame's own time on the wire is part of its way, and a full queue holds it too. Frames of one size
+    # fill it to between its room and one frame less.
     return rate, (arrived["last_s"] - arrived["fastest_s"]) * rate * 1e3 / 8 + 1.5 * FRAME_BYTES / 1e3
 
 
