@@ -288,7 +288,7 @@ def serve(
     served = deployment_from(model, deployment, as_first_deployed, knobs or [], at_full_speed)
     from labkit.serving.options import ServerOptions
     from labkit.serving.schedule import Schedule
-    from labkit.serving.server import Where, default_temperature, name_of
+    from labkit.serving.server import Where, default_temperature, end_process, name_of
     from labkit.serving.server import serve as run_server
 
     options = ServerOptions(
@@ -299,7 +299,7 @@ def serve(
     )
     where = Where(host, port, certificate, key)
     plan = Schedule.parse(schedule) if schedule is not None else None
-    sys.exit(run_server(served, options, where, log_level, die_with_parent, plan))
+    end_process(run_server(served, options, where, log_level, die_with_parent, plan))
 
 
 def main() -> None:

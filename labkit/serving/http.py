@@ -103,6 +103,9 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. Without it a token waits for the acknowledgement of the one before: over HTTP/2, where
+        # streams share a connection, for up to the 40 ms by which a peer may delay that.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.bind(address)
         listener.listen(BACKLOG)
         listener.setblocking(False)

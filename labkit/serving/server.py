@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from labkit.deployment import Deployment
 from labkit.errors import UserError
@@ -190,6 +190,13 @@ def _exit_at_last(seconds: float, code: int) -> None:
     timer = threading.Timer(seconds, os._exit, (code,))
     timer.daemon = True
     timer.start()
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends without taking the interpreter down: threads of the HTTP server may still ask for it, and would abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _allow_many_connections() -> None:

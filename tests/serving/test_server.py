@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,14 @@ def test_a_port_in_use_is_an_error_and_port_0_is_free() -> None:
         assert port > 0
         with pytest.raises(UserError, match=f"127.0.0.1:{port}.*in use"):
             listen("127.0.0.1", port)
+
+
+def test_no_token_waits_for_an_acknowledgement() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
 
 
 def test_the_default_temperature_is_the_models(tmp_path: Path) -> None:
