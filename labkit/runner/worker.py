@@ -12,6 +12,7 @@ import pickle
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ def main() -> None:
     except BaseException as error:
         with contextlib.suppress(BrokenPipeError):  # rank 0 is gone, and does not want to know
             say(describe(error))
+            # One that was killed lets its sockets go before its pipes: then the listener ends this process meanwhile.
+            time.sleep(0.5)
             if not isinstance(error, UserError):
                 traceback.print_exc()
     os._exit(1)
