@@ -79,6 +79,7 @@ lock: ## Write the lock files anew, keeping pins that still fit (UPGRADE=--upgra
 	@.venv-lock/bin/python -m pip install -q --upgrade pip
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) requirements.lock "$$(grep -E '^torch==' requirements.lock)" -e '.[dev]'
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/openai.lock openai
+	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/locust.lock locust==2.47.0
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/guidellm.lock guidellm==0.8.1 "$$(grep -E '^torch==' requirements.lock)"
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) --source=gptqmodel,defuser,device-smi,logbar,pypcre,tokenicer \
 		peers/gptqmodel.lock gptqmodel==7.6.0 optimum "$$(grep -E '^torch==' requirements.lock)"
