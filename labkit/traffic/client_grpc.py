@@ -9,7 +9,7 @@ import time
 import grpc
 
 from labkit.traffic.answer import Answer, Record
-from labkit.traffic.pool import OwnConnections, SharedConnections
+from labkit.traffic.pool import pool_of
 from labkit.traffic.target import Target
 from labkit.wire.generation_pb2 import GenerateChunk, GenerateRequest, Message
 
@@ -133,12 +133,7 @@ class Grpc:
         self._target = target
         self._metadata = (("authorization", f"Bearer {target.api_key}"),) if target.api_key else ()
         self._channels: list[_Channel] = []
-        shared = target.shared_by
-        self._pool: OwnConnections[_Channel] | SharedConnections[_Channel]
-        if isinstance(shared, int):
-            self._pool = SharedConnections(shared, self._connect)
-        else:
-            self._pool = OwnConnections(shared, self._connect)
+        self._pool = pool_of(target.shared_by, self._connect)
 
     async def chat(self, body: bytes, record: Record, deadline: float) -> None:
         request = to_request(body, str(record.index))

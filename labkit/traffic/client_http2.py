@@ -34,7 +34,7 @@ from labkit.traffic.http2 import (
     take_frames,
     window_update,
 )
-from labkit.traffic.pool import OwnConnections, SharedConnections
+from labkit.traffic.pool import pool_of
 from labkit.traffic.target import Target, tls_context
 
 STREAMS_BEFORE_SETTINGS = 100
@@ -256,12 +256,7 @@ class Http2:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._tls = tls_context(target, "h2") if target.tls else None
-        shared = target.shared_by
-        self._pool: OwnConnections[Http2Connection] | SharedConnections[Http2Connection]
-        if isinstance(shared, int):
-            self._pool = SharedConnections(shared, self._connect)
-        else:
-            self._pool = OwnConnections(shared, self._connect)
+        self._pool = pool_of(target.shared_by, self._connect)
 
     async def chat(self, body: bytes, record: Record, deadline: float) -> None:
         headers = self._headers(body, str(record.index))

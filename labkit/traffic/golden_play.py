@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,57 +68,53 @@ class Answered:
     ended: float | None = None
 
 
-class Voice:
+class Voice(ABC):
     """How one answer is said over a transport."""
 
+    @abstractmethod
     def headers(self) -> None:
         """Status and headers of a streamed answer."""
-        raise NotImplementedError
 
-    def tokens(self, text: str, count: int, reasoning: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def tokens(self, text: str, count: int, reasoning: bool) -> None: ...
 
+    @abstractmethod
     def finish(self, usage: dict[str, int]) -> None:
         """Finish reason, usage and the end."""
-        raise NotImplementedError
 
-    def whole(self, reasoning: str, text: str, usage: dict[str, int]) -> None:
-        """All of an answer that is not streamed."""
-        raise NotImplementedError
-
+    @abstractmethod
     def refuse(self, fault: str) -> None:
         """The status of ``4xx``, ``429``, ``503`` or ``5xx``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def error(self) -> None:
         """An error inside an answer that began."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """The end of a response whose answer has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cut(self) -> None:
         """Breaks the answer off."""
-        raise NotImplementedError
 
+    @abstractmethod
     def garbage(self) -> None:
         """Bytes that are not the protocol."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go_away(self) -> None:
         """Takes neither this request nor any after it on this connection."""
-        raise NotImplementedError
 
 
 class SseVoice(Voice):
     """The OpenAI protocol, streamed as server-sent events."""
 
-    def write(self, data: bytes) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, data: bytes) -> None: ...
 
-    def plain(self, status: int, answer: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def plain(self, status: int, answer: dict[str, Any]) -> None: ...
 
     def tokens(self, text: str, count: int, reasoning: bool) -> None:
         delta = {"reasoning_content" if reasoning else "content": text}
@@ -130,6 +127,7 @@ class SseVoice(Voice):
         self.end()
 
     def whole(self, reasoning: str, text: str, usage: dict[str, int]) -> None:
+        """All of an answer that is not streamed."""
         message = {"role": "assistant", "content": text} | ({"reasoning_content": reasoning} if reasoning else {})
         self.plain(200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage})
 
@@ -204,6 +202,7 @@ class Play:
         answered.sends.append((due, now))
         answered.headers_sent = answered.ended = now
         reasoning, text = script.text(0, script.reasoning - 1), script.text(script.reasoning, script.tokens - 1)
+        assert isinstance(self.voice, SseVoice), "gRPC streams every answer"
         self.voice.whole(reasoning, text, script.usage())
 
     def _at(self, due: float, action: Callable[[], None]) -> None:

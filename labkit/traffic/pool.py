@@ -119,3 +119,10 @@ class SharedConnections(Generic[C]):
     async def _limited(self) -> C:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             return await self._connect()
+
+
+def pool_of(connections: Connections, connect: Callable[[], Awaitable[C]]) -> OwnConnections[C] | SharedConnections[C]:
+    """For a protocol whose connections carry many streams: so many that all share, or one a stream."""
+    if isinstance(connections, int):
+        return SharedConnections(connections, connect)
+    return OwnConnections(connections, connect)
