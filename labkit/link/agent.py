@@ -1,6 +1,7 @@
 """What ``calibrate`` runs inside each host: sends, counts and echoes datagrams, and names its congestion control.
 
-``python -m labkit.link.agent ADDRESS`` prints its port, then answers one line of JSON after the other.
+``python -m labkit.link.agent ADDRESS`` prints its ports (for datagrams, for connections), then answers one line of JSON
+after the other.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _TCP_S = 15.0
 
 
 class Agent:
-    """One socket for datagrams, one for connections, both on the same port of ``address``."""
+    """One socket for datagrams, one for connections, each on a free port of ``address``."""
 
     def __init__(self, address: str) -> None:
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         _widen(self._udp)
         self._udp.bind((address, 0))
-        self.port: int = self._udp.getsockname()[1]
-        self._tcp = socket.create_server((address, self.port))
+        self._tcp = socket.create_server((address, 0))
+        self.ports: tuple[int, int] = (self._udp.getsockname()[1], self._tcp.getsockname()[1])
         self._round_trips: list[float] = []
         self._arrivals: list[tuple[float, float, int]] = []
         for loop in (self._receive, self._accept):
@@ -146,7 +147,7 @@ def main(address: str) -> None:
     with contextlib.suppress(OSError):  # only root may
         os.nice(-10)
     agent = Agent(address)
-    print(agent.port, flush=True)
+    print(*agent.ports, flush=True)
     for line in sys.stdin:
         print(json.dumps(agent.answer(json.loads(line))), flush=True)
 

@@ -156,7 +156,7 @@ def calibrate(link: Link, seconds: float) -> Calibration:
         if link.mode == "delay only":
             return _delay_only(link, agents)
         first, last = agents[link.hosts[0]], agents[link.hosts[-1]]
-        spoken = first.ask({"do": "converse", "to": last.address, "count": 0})["congestion"]
+        spoken = first.ask({"do": "converse", "to": last.listening, "count": 0})["congestion"]
         legs = tuple(
             _measure(leg, near, far, seconds / len(link.legs), lost_in_rate=link.mode == "relay")
             for leg, near, far in zip(link.legs, agents.values(), list(agents.values())[1:], strict=False)
@@ -175,7 +175,9 @@ class _Remote:
         self.process = link.popen(host, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._commands, self._answers = self.process.stdin, self.process.stdout
-        self.address = (link.address(host), int(self._line()))
+        datagrams, connections = map(int, self._line().split())
+        self.address = (link.address(host), datagrams)
+        self.listening = (link.address(host), connections)
 
     def ask(self, command: dict[str, Any]) -> Any:
         self._commands.write(json.dumps(command) + "\n")
@@ -258,7 +260,7 @@ def _mbit(arrived: dict[str, Any]) -> float:
 def _delay_only(link: Link, agents: dict[str, _Remote]) -> Calibration:
     """The wires in a row are one delay there."""
     near, far = agents[link.hosts[0]], agents[link.hosts[-1]]
-    to = link.endpoint(far.host, far.address[1])
+    to = link.endpoint(far.host, far.listening[1])
     trips = near.ask({"do": "converse", "to": to, "count": _PINGS // 2})["round_trips"]
     whole = Leg(sum(leg.rtt_ms for leg in link.legs))
     leg = LegCalibration(f"{near.host} and {far.host}", whole, _lower_quartile(trips) * 1e3, ())
