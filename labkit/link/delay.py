@@ -2,7 +2,8 @@
 
 ``python -m labkit.link.delay PARENT ONE_WAY_S`` answers one line of JSON after the other: {"do": "forward", "port": p}
 opens a port that leads to 127.0.0.1:p and says which, {"do": "adopt", "pid": n} names a process that ends with the
-link. It ends when its input or the parent does. There are no packets to lose here and no rate.
+link, {"do": "delay", "one_way_s": s} changes the delay. It ends when its input or the parent does. There are no packets
+to lose here and no rate.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class DelayRelay:
                 with contextlib.suppress(ProcessLookupError):
                     self.adopted.append(os.pidfd_open(pid))
                 return pid
+            case {"do": "delay", "one_way_s": float(one_way_s)}:
+                self.one_way_s = one_way_s
+                return one_way_s
         raise ValueError(f"unknown command {command!r}")
 
     def _begin(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

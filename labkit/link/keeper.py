@@ -49,6 +49,8 @@ class Keeper:
         self.holders: dict[str, int] = {}
         self.notes: list[str] = []
         self.tallies: list[tuple[str, memoryview]] = []
+        self.mode = ""
+        self._relays: dict[tuple[int, int], int] = {}
         self.user_namespace = False
         self._outside = ns.network_id()
 
@@ -65,13 +67,13 @@ class Keeper:
                 self._lay_wire(number)
             self._write_sysctls()
             self._route()
-            mode = self._connect()
+            self.mode = self._connect()
         except subprocess.CalledProcessError as error:
             raise Refused(f"`{' '.join(error.cmd)}`: {' '.join((error.stderr or '').split())}") from error
         except OSError as error:
             raise Refused(str(error)) from error
         return {
-            "mode": mode,
+            "mode": self.mode,
             "holders": self.holders,
             "user_namespace": self.user_namespace,
             "addresses": {host: self._address(host) for host in self.hosts},
@@ -92,7 +94,7 @@ class Keeper:
         """Two veth pairs: each end of the leg, and what is in the middle namespace between them."""
         left, right = self.hosts[number], self.hosts[number + 1]
         for side, (host, interface) in enumerate(((left, "eth1" if number else "eth0"), (right, "eth0"))):
-            holder, middle = self.holders[host], f"wire{number}{'ab'[side]}"
+            holder, middle = self.holders[host], _ends(number)[side]
             own, other = self._number(number, side), self._number(number, 1 - side)
             _ip(f"link add {middle} type veth peer name {interface} address {own[1]} netns {holder}")
             _ip(f"link set {middle} addrgenmode none up")
@@ -145,18 +147,41 @@ class Keeper:
         if reason is not None and self.wanted == "netem":
             raise Refused(f"this kernel has no netem: {reason}")
         for number, leg in enumerate(self.legs):
-            ends = f"wire{number}a", f"wire{number}b"
+            ends = _ends(number)
             if reason is None:
-                if not netem.join(*ends, leg, self.seed, number):
-                    self.notes.append("this version of tc cannot seed netem's losses")
+                netem.join(*ends, number)
+                self._shape(number, leg)
                 continue
             names = self.hosts[number : number + 2]
-            for direction, (source, target) in enumerate((ends, ends[::-1])):
+            for direction in (0, 1):
                 label = " to ".join(names if direction == 0 else names[::-1])
-                words = memoryview(mmap.mmap(-1, 8 * relay.TALLY_WORDS)).cast("q")
-                self.tallies.append((label, words))
-                _start_relay(source, target, leg, self.seed, (number, direction), words)
+                self.tallies.append((label, memoryview(mmap.mmap(-1, 8 * relay.TALLY_WORDS)).cast("q")))
+            self._relay(number, leg)
         return "netem" if reason is None else "relay"
+
+    def _shape(self, number: int, leg: Leg) -> None:
+        note = "this version of tc cannot seed netem's losses"
+        if not netem.shape(*_ends(number), leg, self.seed, number) and note not in self.notes:
+            self.notes.append(note)
+
+    def _relay(self, number: int, leg: Leg) -> None:
+        """Both directions of a leg; those that carried it before are ended."""
+        for direction, (source, target) in enumerate((_ends(number), _ends(number)[::-1])):
+            if (before := self._relays.pop((number, direction), None)) is not None:
+                os.kill(before, signal.SIGKILL)
+                os.waitpid(before, 0)
+            place, words = (number, direction), self.tallies[2 * number + direction][1]
+            self._relays[place] = _start_relay(source, target, leg, self.seed, place, words)
+
+    def change(self, legs: list[Leg], congestion: str | None) -> None:
+        """Other wires between the same hosts. What is on its way is lost; counts go on."""
+        if congestion != self.congestion:
+            self.congestion = congestion
+            self._route()
+        for number, (leg, before) in enumerate(zip(legs, self.legs, strict=True)):
+            if leg != before:
+                (self._shape if self.mode == "netem" else self._relay)(number, leg)
+        self.legs = legs
 
     def answer(self, command: dict[str, Any]) -> Any:
         match command:
@@ -166,6 +191,9 @@ class Keeper:
                 for _, words in self.tallies:
                     relay.reseed(words, seed)
                 return len(self.tallies)
+            case {"do": "change", "legs": legs, "congestion": congestion}:
+                self.change([Leg(**leg) for leg in legs], congestion)
+                return self.notes
         raise ValueError(f"unknown command {command!r}")
 
     def end(self) -> None:
@@ -182,6 +210,11 @@ class Keeper:
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
             time.sleep(0.02)
+
+
+def _ends(number: int) -> tuple[str, str]:
+    """The interfaces in the middle between which a leg lies."""
+    return f"wire{number}a", f"wire{number}b"
 
 
 def _ip(arguments: str) -> None:
@@ -209,9 +242,11 @@ def _hold_namespace() -> int:
     return child
 
 
-def _start_relay(source: str, target: str, leg: Leg, seed: int, place: tuple[int, int], words: memoryview) -> None:
+def _start_relay(source: str, target: str, leg: Leg, seed: int, place: tuple[int, int], words: memoryview) -> int:
+    """Its pid."""
     parent = os.getpid()
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         try:
             ns.die_with_parent(parent)
             os.close(0)
@@ -221,6 +256,7 @@ def _start_relay(source: str, target: str, leg: Leg, seed: int, place: tuple[int
             print(f"labkit: the relay from {source} to {target} failed: {error!r}", file=sys.stderr, flush=True)
         finally:
             os._exit(1)
+    return child
 
 
 def serve(keeper: Keeper, parent: int) -> None:

@@ -85,7 +85,7 @@ class Link:
         """Raises UserError when a mode was asked for that this machine refuses, or an unknown congestion control."""
         if self._helper is not None:
             raise RuntimeError("this link is open already")
-        self._check_congestion()
+        self._check_congestion(self.congestion)
         try:
             built: dict[str, Any] = {"refused": "asked for"} if self._wanted == "delay only" else self._build()
             if "refused" not in built:
@@ -166,6 +166,18 @@ class Link:
             raise UserError(f"seed must be between 0 and 2³¹ − 1, got {seed!r}")
         if self.mode == "relay":
             self._ask({"do": "reseed", "seed": seed})
+
+    def change(self, leg: Leg, congestion: str | None = "cubic") -> None:
+        """Another wire at the client, with the servers left running: what is on its way is lost, connections that are
+        open keep their congestion control, losses begin anew from the seed. Raises UserError as ``with`` does."""
+        self._check_congestion(congestion)
+        legs = (leg, *self.legs[1:])
+        if self.mode == "delay only":
+            self._ask({"do": "delay", "one_way_s": float(sum(each.one_way_s for each in legs))})
+        else:
+            described = [dataclasses.asdict(each) for each in legs]
+            self.notes = self._ask({"do": "change", "legs": described, "congestion": congestion})
+        self.legs, self.congestion = legs, congestion
 
     def calibrate(self, seconds: float = 3.0) -> Calibration:
         """Measures RTT, loss, rate and buffer of every leg against what was asked for. Nothing else may use the link.
@@ -250,12 +262,13 @@ class Link:
             raise UserError(f"no wire to look at: {'; '.join(self.notes)}")
         return self._holders[host]
 
-    def _check_congestion(self) -> None:
+    @staticmethod
+    def _check_congestion(congestion: str | None) -> None:
         known = _CONGESTION.read_text().split() if _CONGESTION.exists() else []
-        if self.congestion is not None and known and self.congestion not in known:
+        if congestion is not None and known and congestion not in known:
             raise UserError(
-                f"this kernel has no congestion control {self.congestion!r}, only {', '.join(known)} "
-                f"(as root, `modprobe tcp_{self.congestion}` may add it)"
+                f"this kernel has no congestion control {congestion!r}, only {', '.join(known)} "
+                f"(as root, `modprobe tcp_{congestion}` may add it)"
             )
 
     def _end(self) -> None:

@@ -41,18 +41,24 @@ def queue_commands(interface: str, leg: Leg, seed: int | None) -> list[list[str]
     return commands
 
 
-def join(first: str, second: str, leg: Leg, seed: int, number: int) -> bool:
-    """Bridges two interfaces of this namespace with ``leg`` between them. True if the loss is seeded.
-
-    Older versions of tc know no seed. Raises subprocess.CalledProcessError.
-    """
+def join(first: str, second: str, number: int) -> None:
+    """Bridges two interfaces of this namespace. Raises subprocess.CalledProcessError."""
     bridge = f"bridge{number}"
     _run(["ip", "link", "add", bridge, "type", "bridge", "stp_state", "0", "mcast_snooping", "0"])
     for interface in (first, second):
         _run(["ip", "link", "set", interface, "master", bridge])
     _run(["ip", "link", "set", bridge, "addrgenmode", "none", "up"])
+
+
+def shape(first: str, second: str, leg: Leg, seed: int, number: int) -> bool:
+    """Makes ``leg`` of what lies between two bridged interfaces, whatever it was before. True if the loss is seeded.
+
+    Older versions of tc know no seed. Raises subprocess.CalledProcessError.
+    """
     seeded = True
     for direction, interface in enumerate((second, first)):
+        # There is none at first, and then tc complains.
+        subprocess.run(["tc", "qdisc", "del", "dev", interface, "root"], capture_output=True)
         netem, *rest = queue_commands(interface, leg, seed * 4 + number * 2 + direction + 1)
         if subprocess.run(["tc", *netem], capture_output=True).returncode:
             seeded = not leg.loss

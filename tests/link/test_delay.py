@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from labkit.errors import UserError
-from labkit.link import Link
+from labkit.link import Leg, Link
 
 RTT_S = 0.03
 
@@ -58,6 +58,13 @@ def test_a_byte_comes_back_a_round_trip_later(link):
     # A new connection costs a round trip more.
     assert 1.9 * RTT_S < fresh_s < 2 * RTT_S + 0.1
     assert min(trips) >= RTT_S and min(trips) == pytest.approx(RTT_S, abs=0.006)
+
+
+def test_the_delay_may_change(link):
+    link.change(Leg(rtt_ms=3 * RTT_S * 1e3))
+    assert link.calibrate(0.5).legs[0].rtt_ms == pytest.approx(3 * RTT_S * 1e3, abs=6)
+    link.change(Leg(rtt_ms=RTT_S * 1e3))
+    assert link.calibrate(0.5).valid
 
 
 def test_both_ways_are_whole_and_end_one_after_the_other(link):

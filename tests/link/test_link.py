@@ -170,6 +170,23 @@ def packets(path: Path):
         at += 16 + kept
 
 
+def test_the_wire_may_change_under_a_server_that_stays(open_link, flood, python_in):
+    with open_link(rtt_ms=2, congestion="cubic", mode="relay") as link:
+        python_in(link, "origin", ECHO, link.address("origin"), wait=False)
+        near = float(python_in(link, "client", PING, link.address("origin")))
+        before, loss = link.relayed(), 0.3
+        link.change(Leg(rtt_ms=30), congestion="reno")
+        far = float(python_in(link, "client", PING, link.address("origin")))
+        assert link.calibrate(0.6).congestion == ("reno", "reno")
+        assert (near, far) == (pytest.approx(2, abs=2), pytest.approx(30, abs=3))
+        link.change(Leg(rtt_ms=2, loss=loss))
+        arrived, _ = flood(link, 300, 100, pause=0.0003)
+        chance = random.Random("0/0/0")
+        assert arrived == [number for number in range(300) if chance.random() >= loss]
+        grown = link.relayed()[0] - before[0]
+        assert grown.lost == 300 - len(arrived) and grown.delivered > 300  # the counts of all relays there were
+
+
 def test_an_edge_lies_between_client_and_origin(open_link, python_in):
     with open_link(rtt_ms=30, hosts=("client", "edge", "origin"), origin_leg=Leg(rtt_ms=6)) as link:
         for host in ("edge", "origin"):
