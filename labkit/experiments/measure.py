@@ -101,14 +101,16 @@ def running_server(
     ready_timeout_s: float = 600.0,
     say: Callable[[str], None] = lambda text: None,
     command: Sequence[str] | None = None,
+    popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
 ) -> Iterator[Server]:
-    """A ready server for ``deployment``, ended (with all its children) whatever happens.
+    """A ready server for ``deployment``, ended (with all its children) whatever happens. ``popen`` starts it elsewhere
+    than here, such as on a host of a link.
 
     Raises UserError with the server's own words when it dies before it is ready, or is not ready in time.
     """
     started = time.monotonic()
     with open(log, "wb") as output:
-        process = subprocess.Popen(
+        process = popen(
             command or serve_command(deployment),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             env={name: value for name, value in os.environ.items() if name != "LABKIT_API_KEY"},

@@ -142,7 +142,11 @@ def _config(
         },
     }
     if ca is not None:
-        trusted: dict[str, Any] = {"validation_context": {"trusted_ca": _file(ca)}}
+        trusted: dict[str, Any] = {
+            "validation_context": {"trusted_ca": _file(ca)},
+            # As a client Envoy stops at TLS 1.2 unless told.
+            "tls_params": {"tls_maximum_protocol_version": "TLSv1_3"},
+        }
         if upstream == "http/2":
             trusted["alpn_protocols"] = ["h2"]
         cluster["transport_socket"] = {
