@@ -63,9 +63,11 @@ class Deployment:
     """Processes, one a GPU, that share every layer of the model (``labkit`` engine only)."""
     max_queue: int | None = None
     """Requests that may wait before new ones are refused with 429; None admits all."""
-    transport: Literal["http/1.1", "http/1.1 close", "http/2", "http/2 tls", "grpc"] = "http/1.1"
+    transport: Literal["http/1.1", "http/1.1 close", "http/2", "http/2 tls", "http/3", "grpc"] = "http/1.1"
     """How answers travel. ``http/1.1 close`` opens a connection for every request, ``http/2`` is cleartext with prior
-    knowledge, ``http/2 tls`` is agreed on by ALPN, ``grpc`` is the service of ``labkit/wire/generation.proto``."""
+    knowledge, ``http/2 tls`` is agreed on by ALPN, ``http/3`` goes over QUIC (needs ``labkit[http3]``), with HTTP/2 and
+    HTTP/1.1 under TLS beside it on the TCP port of the same number, ``grpc`` is the service of
+    ``labkit/wire/generation.proto``."""
     chunk_tokens: int = 1
     """Tokens of a stream that are sent together."""
     chunk_ms: float = 0.0

@@ -18,6 +18,7 @@ import psutil
 from labkit.bench.rows import Book, Row
 from labkit.deployment import Deployment
 from labkit.experiments.measure import running_server, serve_command
+from labkit.serving.extras import require_http3
 from labkit.serving.schedule import Schedule, lateness_s
 from labkit.traffic.answer import Record
 from labkit.traffic.client import Client
@@ -71,9 +72,12 @@ def measure_serving(
     deployment: Deployment, book: Book, say: Callable[[str], None], only: Sequence[str] = (), repeat: int = 3
 ) -> None:
     """Adds rows: lateness of the tokens over every transport, ``repeat`` times in turn. The client runs in this
-    process. ``only``: transports whose name holds one of the words. Raises UserError for a server that does not start.
+    process. ``only``: transports whose name holds one of the words. Raises UserError for a server that does not start,
+    and for HTTP/3 where its library is not installed.
     """
     transports = [name for name in TRANSPORTS if not only or any(word in name for word in only)]
+    if "http/3" in transports:
+        require_http3()
     for turn in range(repeat):
         for transport in transports[:: -1 if turn % 2 else 1]:
             found = lateness(dataclasses.replace(deployment, transport=transport))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from labkit.deployment import Deployment
 from labkit.errors import UserError
 from labkit.models.loading import resolve_model
 from labkit.serving.app import create_app
+from labkit.serving.extras import require_http3
 from labkit.serving.http import MOST_CONNECTIONS, listen, serve_app
 from labkit.serving.intake import Service
 from labkit.serving.options import ServerOptions
@@ -35,8 +37,8 @@ HARD_EXIT_S = 3.0
 
 @dataclass(frozen=True)
 class Where:
-    """The address to listen on; ``port`` 0 takes a free one. ``certificate`` and ``key`` are for ``http/2 tls``: PEM
-    files, or None for a certificate that is made here."""
+    """The address to listen on; ``port`` 0 takes a free one. ``certificate`` and ``key`` are for ``http/2 tls`` and
+    ``http/3``: PEM files, or None for a certificate that is made here."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -133,13 +135,25 @@ def _fronts(
         beside = f"http://{shown}:{listener.getsockname()[1]}"
         fronts = asyncio.gather(server.serve(stop), serve_app(app, listener, stop, access_log))
         return _both(fronts), f"grpc://{shown}:{server.port}, with health and metrics on {beside}"
-    tls = where.tls() if transport == "http/2 tls" else None
+    if transport == "http/3":
+        require_http3()
+        from labkit.serving.http3 import listen_http3, serve_http3
+
+        tls = where.tls()
+        listener, udp = listen_http3(where.host, where.port)
+        address = _address(listener, tls)
+        return serve_http3(app, udp, listener, stop, access_log, tls, service.options.drain_s), address
+    own = where.tls() if transport == "http/2 tls" else None
     listener = listen(where.host, where.port)
+    address = _address(listener, own)
+    return serve_app(app, listener, stop, access_log, transport, own), address
+
+
+def _address(listener: socket.socket, tls: Certificate | None) -> str:
     host, port = listener.getsockname()[:2]
     if tls is not None:
         _say(f"certificate {tls.certificate}")
-    address = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
-    return serve_app(app, listener, stop, access_log, transport, tls), address
+    return f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def _both(fronts: asyncio.Future[Any]) -> None:

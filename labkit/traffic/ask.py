@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
 import ssl
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from labkit.errors import UserError
@@ -38,9 +40,9 @@ def server_model(target: Target) -> str:
 
 def get_json(target: Target, path: str, timeout_s: float = ASK_TIMEOUT_S) -> tuple[int, Any]:
     """Status and JSON body (None where there is none) over the target's HTTP. Raises UserError when nothing answers."""
-    get = _get_http2 if target.transport in ("http/2", "http/2 tls") else _get_http1
+    gets = {"http/2": _get_http2, "http/2 tls": _get_http2, "http/3": _get_http3}
     try:
-        status, body = get(target, path, timeout_s)
+        status, body = gets.get(target.transport, _get_http1)(target, path, timeout_s)
     except ConnectionRefusedError as error:
         raise UserError(
             f"no server listens at {target.authority}; start one (labkit serve) or mend the address"
@@ -116,6 +118,14 @@ def _get_http2(target: Target, path: str, timeout_s: float) -> tuple[int, bytes]
         raise ConnectionError(f"it does not speak HTTP/2 ({error or type(error).__name__})") from error
     finally:
         talk.close()
+
+
+def _get_http3(target: Target, path: str, timeout_s: float) -> tuple[int, bytes]:
+    from labkit.traffic.client_http3 import get
+
+    # In a thread of its own: whoever asks may be on an event loop.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, get(target, path, timeout_s)).result()
 
 
 def _grpc_health(target: Target) -> None:

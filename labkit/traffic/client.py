@@ -1,7 +1,8 @@
 """The client: chat requests over the transport that the target names, every event timed, every failure named.
 
 HTTP/1.1 and HTTP/2 are written on ``asyncio.Protocol`` because the client must not be what is measured: bytes are timed
-where they arrive, and nothing is parsed beyond what the metrics need. Times are ``time.perf_counter`` (CLOCK_MONOTONIC
+where they arrive, and nothing is parsed beyond what the metrics need. (HTTP/3 is ``aioquic``, in Python down to the
+packets: calibration tells what that costs.) Times are ``time.perf_counter`` (CLOCK_MONOTONIC
 on Linux: one clock for all processes of the machine).
 """
 
@@ -63,6 +64,10 @@ def _wire(target: Target) -> Wire:
         from labkit.traffic.client_http2 import Http2
 
         return Http2(target)
+    if target.transport == "http/3":
+        from labkit.traffic.client_http3 import Http3
+
+        return Http3(target)
     if target.transport == "grpc":
         from labkit.traffic.client_grpc import Grpc
 

@@ -16,12 +16,15 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from labkit.serving.tls import Certificate, own_certificate
 from labkit.traffic.golden_http1 import Http1Peer
 from labkit.traffic.golden_play import FAULTS, Answered, Play, Script, Voice
-from labkit.traffic.target import TRANSPORTS, Transport
+from labkit.traffic.target import TLS_ALWAYS, TRANSPORTS, Transport
+
+if TYPE_CHECKING:
+    from labkit.serving.quic import Listener
 
 __all__ = ["FAULTS", "Answered", "Golden", "Script"]
 
@@ -33,7 +36,7 @@ class Golden:
     """The server in a thread of its own: ``with Golden(scripts) as golden: … golden.url``.
 
     Request with ``X-Request-Id: n`` (or else the n-th request) is played script ``n % len(scripts)``. ``certificate``
-    is needed for ``http/2 tls``; given for HTTP/1.1, that has TLS as well.
+    is needed for ``http/2 tls`` and ``http/3``; given for HTTP/1.1, that has TLS as well.
     """
 
     def __init__(
@@ -50,9 +53,9 @@ class Golden:
         self.port = port
         self.transport = transport
         self._most_streams = most_streams
-        self._tls = None if certificate is None else _tls(transport, certificate)
-        if transport == "http/2 tls" and certificate is None:
-            raise ValueError("http/2 tls needs a certificate")
+        self._certificate = certificate
+        if transport in TLS_ALWAYS and certificate is None:
+            raise ValueError(f"{transport} needs a certificate")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="golden", daemon=True)
 
@@ -63,14 +66,12 @@ class Golden:
     @property
     def url(self) -> str:
         """The address, its scheme that of the transport."""
-        scheme = {"http/2": "h2c", "grpc": "grpc"}.get(self.transport, "http" if self._tls is None else "https")
+        scheme = {"http/2": "h2c", "grpc": "grpc"}.get(self.transport, "http" if self._certificate is None else "https")
         return f"{scheme}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Golden:
         self._thread.start()
-        starting = self._loop.create_server(self._peer, "127.0.0.1", self.port, backlog=4096, ssl=self._tls)
-        self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result()
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._server, self.port = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,8 +85,24 @@ class Golden:
         for answered in self.answered:
             out.write(json.dumps(asdict(answered)) + "\n")
 
-    def _peer(self) -> asyncio.Protocol:
+    async def _listen(self) -> tuple[asyncio.Server | Listener, int]:
+        if self.transport == "http/3":
+            from labkit.traffic.golden_http3 import serve_golden
+
+            assert self._certificate is not None
+            return await serve_golden(
+                self.port, self._certificate, self._begin, self._most_streams, self._count_connection
+            )
+        tls = None if self._certificate is None else _tls(self.transport, self._certificate)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self._peer, "127.0.0.1", self.port, backlog=4096, ssl=tls)
+        return server, server.sockets[0].getsockname()[1]
+
+    def _count_connection(self) -> None:
         self.connections += 1
+
+    def _peer(self) -> asyncio.Protocol:
+        self._count_connection()
         if self.transport in ("http/1.1", "http/1.1 close"):
             return Http1Peer(self._begin)
         from labkit.traffic.golden_http2 import Http2Peer
@@ -121,7 +138,7 @@ def main() -> None:
         scripts = [Script(**script) for script in json.loads(options.script)]
     except (ValueError, TypeError) as error:
         parser.error(f"--script: {error}")
-    certificate = own_certificate() if options.transport == "http/2 tls" else None
+    certificate = own_certificate() if options.transport in TLS_ALWAYS else None
     gc.disable()
     with Golden(scripts, options.port, options.transport, certificate) as golden:
         trust = f" (certificate: {certificate.certificate})" if certificate else ""

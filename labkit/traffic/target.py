@@ -9,23 +9,27 @@ from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from labkit.errors import UserError
+from labkit.serving.extras import require_http3
 
-Transport = Literal["http/1.1", "http/1.1 close", "http/2", "http/2 tls", "grpc"]
+Transport = Literal["http/1.1", "http/1.1 close", "http/2", "http/2 tls", "http/3", "grpc"]
 """http/1.1: connections are kept. http/1.1 close: each request has a connection of its own. http/2: without TLS and
-without asking first (prior knowledge). http/2 tls: agreed on by ALPN. grpc: server streaming without TLS."""
+without asking first (prior knowledge). http/2 tls: agreed on by ALPN. http/3: over QUIC. grpc: server streaming without
+TLS."""
 
 Connections = int | Literal["each"]
 """How many connections (gRPC: channels) the streams share. ``each``: a connection carries one stream at a time, and
 there are as many as there are streams at once."""
 
 TRANSPORTS: tuple[str, ...] = get_args(Transport)
+TLS_ALWAYS = ("http/2 tls", "http/3")
+"""Those whose server has a certificate."""
 FITS = {
     "http": ("http/1.1", "http/1.1 close", "http/2"),
-    "https": ("http/2 tls", "http/1.1", "http/1.1 close"),
+    "https": ("http/2 tls", "http/1.1", "http/1.1 close", "http/3"),
     "h2c": ("http/2",),
     "grpc": ("grpc",),
 }
-"""The transports of each scheme; ``https`` asks the server (ALPN) unless told, the others take their first."""
+"""The transports of each scheme; ``https`` asks the server (ALPN) over TCP unless told, others take their first."""
 
 NEGOTIATION_TIMEOUT_S = 10.0
 
@@ -55,7 +59,8 @@ class Target:
         cafile: str | None = None,
     ) -> Target:
         """Takes ``http://host:port``, also with a path or a trailing ``/v1``, ``https://``, ``h2c://`` and
-        ``grpc://``. Raises UserError for anything else, and for a transport that does not go with the scheme."""
+        ``grpc://``. Raises UserError for anything else, for a transport that does not go with the scheme, and for one
+        that needs a package that is not installed."""
         example = "give it as http://127.0.0.1:8000, https://…, h2c://… or grpc://…"
         try:
             parts = urlsplit(url)
@@ -72,6 +77,8 @@ class Target:
             )
         if connections is not None and connections != "each" and (isinstance(connections, bool) or connections < 1):
             raise UserError(f"connections must be a whole number of at least 1, or 'each'; got {connections!r}")
+        if transport == "http/3":
+            require_http3()
         tls = parts.scheme == "https"
         chosen = transport or ("alpn" if tls else fits[0])
         base = parts.path.rstrip("/").removesuffix("/v1")

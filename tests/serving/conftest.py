@@ -25,6 +25,7 @@ from labkit.request import EngineStats, SamplingParams
 from labkit.serving.app import create_app
 from labkit.serving.grpc_server import GrpcServer
 from labkit.serving.http import listen, serve_app
+from labkit.serving.http3 import listen_http3, serve_http3
 from labkit.serving.intake import Service
 from labkit.serving.options import ServerOptions
 from labkit.serving.tls import Certificate, own_certificate
@@ -93,6 +94,11 @@ def running(
             server = GrpcServer(service, "127.0.0.1", 0)
             handle["url"] = f"grpc://127.0.0.1:{server.port}"
             serving = server.serve(handle["stop"])
+        elif transport == "http/3":
+            assert tls is not None
+            listener, udp = listen_http3("127.0.0.1", 0)
+            handle["url"] = f"https://127.0.0.1:{listener.getsockname()[1]}"
+            serving = serve_http3(create_app(service), udp, listener, handle["stop"], False, tls, drain_s=1.0)
         else:
             listener = listen("127.0.0.1", 0)
             handle["url"] = f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"

@@ -17,7 +17,7 @@ from labkit.serving.options import ServerOptions
 from labkit.serving.tls import Certificate
 from labkit.traffic.answer import Record
 from labkit.traffic.client import Client
-from labkit.traffic.target import TRANSPORTS, Target
+from labkit.traffic.target import TLS_ALWAYS, TRANSPORTS, Target
 
 CHAT = "/v1/chat/completions"
 PIECES = ("<think>", "add", " them", "</think>", "\n", "é", "世", "!")
@@ -40,7 +40,7 @@ def ask(url: str, transport: str, tls: Certificate | None, bodies: list[dict[str
 
 @pytest.fixture(params=TRANSPORTS)
 def wire(request: Any, certificate: Certificate) -> tuple[str, Certificate | None]:
-    return request.param, certificate if request.param == "http/2 tls" else None
+    return request.param, certificate if request.param in TLS_ALWAYS else None
 
 
 def test_the_transports_of_a_deployment_are_those_of_the_client() -> None:

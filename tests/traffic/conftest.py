@@ -12,7 +12,7 @@ from labkit.serving.tls import Certificate, own_certificate
 from labkit.traffic.answer import Record
 from labkit.traffic.client import Client
 from labkit.traffic.golden import Golden, Script
-from labkit.traffic.target import Connections, Target
+from labkit.traffic.target import TLS_ALWAYS, Connections, Target
 
 BODY = b'{"model": "golden", "stream": true, "messages": [{"role": "user", "content": "?"}]}'
 
@@ -69,7 +69,7 @@ def asked(certificate, on_loop) -> Iterator[Callable[..., Asked]]:
     def start(
         scripts: list[Script], transport: str = "http/1.1", connections: Connections | None = None, **more: Any
     ) -> Asked:
-        tls = certificate if transport == "http/2 tls" else None
+        tls = certificate if transport in TLS_ALWAYS else None
         golden = Golden(scripts, transport=transport, certificate=tls, **more).__enter__()
         started.append(golden)
         target = Target.parse(golden.url, None, transport, connections, str(certificate.certificate))

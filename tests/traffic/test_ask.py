@@ -7,12 +7,12 @@ import pytest
 from labkit.errors import UserError
 from labkit.traffic.ask import get_json, server_model
 from labkit.traffic.golden import Golden
-from labkit.traffic.target import TRANSPORTS, Target
+from labkit.traffic.target import TLS_ALWAYS, TRANSPORTS, Target
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_server_names_its_model_over_every_transport(certificate, transport):
-    tls = certificate if transport == "http/2 tls" else None
+    tls = certificate if transport in TLS_ALWAYS else None
     with Golden(transport=transport, certificate=tls) as golden:
         target = Target.parse(golden.url, None, transport, cafile=str(certificate.certificate))
         assert server_model(target) == ("" if transport == "grpc" else "golden")
@@ -20,12 +20,12 @@ def test_a_server_names_its_model_over_every_transport(certificate, transport):
             assert get_json(target, "/health") == (200, {}) and get_json(target, "/nothing")[0] == 404
 
 
-@pytest.mark.parametrize("scheme", ["http", "h2c", "grpc"])
-def test_a_server_that_is_not_there_is_said(scheme):
+@pytest.mark.parametrize(("scheme", "transport"), [("http", None), ("h2c", None), ("https", "http/3"), ("grpc", None)])
+def test_a_server_that_is_not_there_is_said(scheme, transport):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match="no server listens"):
-            server_model(Target.parse(f"{scheme}://127.0.0.1:{unused.getsockname()[1]}"))
+            server_model(Target.parse(f"{scheme}://127.0.0.1:{unused.getsockname()[1]}", transport=transport))
 
 
 def test_the_wrong_protocol_is_said():

@@ -73,7 +73,7 @@ def test_calibration_finds_a_healthy_client_healthy():
     assert found.added_share == pytest.approx(found.added_p95_s / 0.28, rel=0.1)
 
 
-@pytest.mark.parametrize("transport", ["http/2 tls", "grpc"])
+@pytest.mark.parametrize("transport", ["http/2 tls", "http/3", "grpc"])
 def test_a_client_is_calibrated_over_the_transport_it_used(transport, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # where the server keeps its certificate
     found = calibrate(Workload.article(users=6, requests=10), Script(0.1, 0.02, tokens=10), None, transport)

@@ -17,7 +17,7 @@ from labkit.wire.generation_pb2 import GenerateChunk
 
 BODY = b'{"model": "golden", "stream": true, "messages": [{"role": "user", "content": "?"}]}'
 PLAIN = b'{"model": "golden", "messages": []}'
-MULTIPLEXED = ("http/2", "http/2 tls", "grpc")
+MULTIPLEXED = ("http/2", "http/2 tls", "http/3", "grpc")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -41,7 +41,8 @@ def test_times_lie_between_the_servers_sends_and_shortly_after(asked, transport)
 @pytest.mark.parametrize(
     ("transport", "connections", "opened"),
     [("http/1.1", None, 300), ("http/1.1 close", None, 300), ("http/2", None, 1), ("http/2", 4, 4),
-     ("http/2", "each", 300), ("http/2 tls", None, 1), ("grpc", None, 1), ("grpc", 4, 4)],
+     ("http/2", "each", 300), ("http/2 tls", None, 1), ("http/3", None, 1), ("http/3", 4, 4), ("grpc", None, 1),
+     ("grpc", 4, 4)],
 )  # fmt: skip
 def test_of_300_streams_at_once_nothing_is_lost_mixed_up_or_changed(asked, transport, connections, opened):
     scripts = [Script(0.05, 0.02, tokens=12 + i % 7, reasoning=3, word=f"w{i}-") for i in range(300)]
@@ -64,7 +65,7 @@ KINDS = {
     ("transport", "fault", "kind"),
     [
         (transport, fault, kind)
-        for transport in ("http/1.1", "http/2", "grpc")
+        for transport in ("http/1.1", "http/2", "http/3", "grpc")
         for fault, kind in KINDS.items()
         # gRPC's library sometimes waits for a write of its own before it tells of garbage, and that takes its time.
         if (transport, fault) != ("grpc", "garbage")
@@ -95,7 +96,7 @@ def test_a_stream_that_fails_leaves_the_others_of_its_connection_alone(asked, tr
     assert kinds == ["", "truncated", "connect", "timeout"] and server.golden.connections == 1
 
 
-@pytest.mark.parametrize("transport", ["http/2", "grpc"])
+@pytest.mark.parametrize("transport", ["http/2", "http/3", "grpc"])
 def test_no_more_streams_are_open_than_the_server_takes(asked, transport):
     server = asked([Script(ttft_s=0.15, tokens=1)], transport, most_streams=3)
     assert {record.failure for record in server.together(9, apart_s=0.01)} == {""}
@@ -113,23 +114,28 @@ def test_fewer_http1_connections_than_streams_make_them_wait(asked):
     assert sorted(record.failure for record in late) == ["", "", "timeout", "timeout"]
 
 
-@pytest.mark.parametrize(("transport", "opened"), [("http/1.1", 1), ("http/1.1 close", 3), ("http/2", 1), ("grpc", 1)])
+@pytest.mark.parametrize(
+    ("transport", "opened"),
+    [("http/1.1", 1), ("http/1.1 close", 3), ("http/2", 1), ("http/3", 1), ("grpc", 1)],
+)
 def test_connections_are_kept_unless_each_request_is_to_have_its_own(asked, transport, opened):
     server = asked([Script()], transport, "each")
     assert [record.failure for record in server.in_turn([BODY] * 3)] == [""] * 3
     assert server.golden.connections == opened
 
 
-@pytest.mark.parametrize("scheme", ["http", "h2c", "grpc"])
-def test_nobody_listens(on_loop, scheme):
+@pytest.mark.parametrize(("scheme", "transport"), [("http", None), ("h2c", None), ("https", "http/3"), ("grpc", None)])
+def test_nobody_listens(on_loop, scheme, transport):
+    """Of UDP, the kernel of this machine tells."""
+
     async def ask(url):
-        client, record = Client(Target.parse(url)), Record(0)
+        client, record = Client(Target.parse(url, transport=transport)), Record(0)
         await client.chat(BODY, record, 5.0)
         await client.close()
         return record
 
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
+        unused.bind(("127.0.0.1", 0))  # a TCP port that does not listen, and a UDP port that is not there
         record = on_loop(ask(f"{scheme}://127.0.0.1:{unused.getsockname()[1]}"))
     assert record.failure == "refused" and record.sent is not None
 
@@ -157,14 +163,14 @@ def test_a_status_of_grpc_is_a_kind_of_failure(on_loop, code, words, kind, after
 
 
 def test_an_answer_that_is_not_streamed_is_one_chunk(asked):
-    for transport in ("http/1.1", "http/2"):
+    for transport in ("http/1.1", "http/2", "http/3"):
         [record] = asked([Script(tokens=9, reasoning=2, itl_s=0.005)], transport).in_turn([PLAIN])
         assert record.failure == "" and record.text == " t2 t3 t4 t5 t6 t7 t8"
         assert sum(tokens for _, tokens, _ in record.chunks) == 9
         assert len({t for t, _, _ in record.chunks}) == 1
 
 
-@pytest.mark.parametrize("transport", ["http/1.1", "http/2", "grpc"])
+@pytest.mark.parametrize("transport", ["http/1.1", "http/2", "http/3", "grpc"])
 def test_chunks_of_several_tokens_share_the_total(asked, transport):
     [record] = asked([Script(tokens=8, tokens_per_chunk=4)], transport).in_turn([BODY])
     assert [tokens for _, tokens, _ in record.chunks] == [4, 4]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_a_server_with_tls_is_asked_what_it_speaks(tmp_path, certificate, transp
             Target.parse(golden.url).settled()
         with pytest.raises(UserError, match="no file of certificates"):
             Target.parse(golden.url, cafile=str(tmp_path / "none")).settled()
+
+
+def test_http3_is_asked_for_by_name_and_says_what_it_needs(monkeypatch):
+    wanted = Target.parse("https://h", transport="http/3")
+    assert wanted.settled() == wanted and (wanted.port, wanted.shared_by) == (443, 1)
+    with pytest.raises(UserError, match="does not go with"):
+        Target.parse("http://h", transport="http/3")
+    monkeypatch.setitem(sys.modules, "aioquic", None)
+    with pytest.raises(UserError, match=r"pip install 'labkit\[http3\]'"):
+        Target.parse("https://h", transport="http/3")
 
 
 def test_a_server_without_tls_or_none_at_all_is_said(monkeypatch):
