@@ -87,6 +87,9 @@ def load(
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the run.")] = "load",
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    export_jmeter: Annotated[
+        Path | None, typer.Option(help="Send nothing: write this .jmx, a plan that has JMeter send the same.")
+    ] = None,
 ) -> None:
     """Send traffic (prompts of the ledger task) to a server, print what it did, and keep the run.
 
@@ -95,12 +98,14 @@ def load(
     labkit load http://127.0.0.1:8000 --rate 5 --duration 60 --warm-up 10
 
     labkit load grpc://127.0.0.1:8000 --users 300 --connections 4
+
+    labkit load http://127.0.0.1:8000 --users 300 --requests 1500 --export-jmeter plan.jmx
     """
     from labkit.experiments.record import record_load
     from labkit.experiments.store import RunStore
     from labkit.experiments.summary import summary_text
     from labkit.traffic.progress import showing_progress
-    from labkit.traffic.target import parse_connections
+    from labkit.traffic.target import Target, parse_connections
     from labkit.traffic.workload import Workload, parse_mix
 
     if sum(given is not None for given in (users, rate, trace)) > 1:
@@ -119,6 +124,12 @@ def load(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
+    if export_jmeter is not None:
+        from labkit.traffic.jmeter import export
+
+        target = Target.parse(url, api_key, transport, parse_connections(connections), str(cafile) if cafile else None)
+        print(export(export_jmeter, workload, target, model))
+        return
     store = RunStore(runs)
     for rest in store.unfinished():
         print(f"labkit: an earlier run did not end: {rest}", file=sys.stderr)
