@@ -18,7 +18,7 @@ from labkit.errors import UserError
 from labkit.serving.errors import ApiError, as_api_error, invalid
 from labkit.serving.http import MOST_STREAMS
 from labkit.serving.intake import Service
-from labkit.serving.pieces import Piece, Progress
+from labkit.serving.pieces import Piece, Progress, joined_while_busy
 from labkit.serving.prompts import Work
 from labkit.serving.protocol import ChatRequest, CompletionRequest
 from labkit.serving.unread import Outbox, Unread
@@ -71,12 +71,13 @@ class Generation(generation_pb2_grpc.GenerationServicer):
             await context.abort(STATUS.get(refusal.status, grpc.StatusCode.UNKNOWN), refusal.message)
 
     async def _answer(self, progress: Progress, work: Work, context: Any) -> None:
-        """Raises Unread, and what the engine raises."""
+        """A message costs this server and most clients more than a token does: tokens that come while one is being
+        written share the next. Raises Unread, and what the engine raises."""
         outbox = Outbox(self._service.options.send_timeout_s)
 
         async def write() -> None:
             unsaid = 0
-            async with aclosing(progress.chunks()) as pieces:
+            async with aclosing(joined_while_busy(progress.chunks())) as pieces:
                 async for piece in pieces:
                     unsaid += piece.tokens
                     if piece.reasoning or piece.text or piece.finish_reason:

@@ -14,7 +14,7 @@ from labkit.engine import EngineFailed
 from labkit.request import FinishReason, TokenLogprob
 from labkit.serving.intake import Service
 from labkit.serving.prompts import Work
-from labkit.serving.streams import Choice, ReasoningSplitter, deltas
+from labkit.serving.streams import MERGED, Choice, ReasoningSplitter, deltas
 
 
 @dataclass(slots=True)
@@ -123,6 +123,41 @@ async def coalesced(pieces: AsyncGenerator[Piece, None], tokens: int, seconds: f
             with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, Exception):
                 await following
         await pieces.aclose()
+
+
+async def joined_while_busy(pieces: AsyncGenerator[Piece, None], most: int = MERGED) -> AsyncGenerator[Piece, None]:
+    """The pieces of a request with one choice; those that come while whoever takes them is busy with one are joined,
+    up to ``most`` tokens. Closing it closes ``pieces``; what ``pieces`` raises comes after what was there before.
+    """
+    held: list[Piece] = []
+    news, room = asyncio.Event(), asyncio.Event()
+
+    async def read() -> None:
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if held:
+                    held[0].join(piece)
+                else:
+                    held.append(piece)
+                news.set()
+                while held and held[0].tokens >= most:
+                    room.clear()
+                    await room.wait()
+
+    reading = asyncio.create_task(read())
+    reading.add_done_callback(lambda _: news.set())
+    try:
+        while held or not reading.done():
+            await news.wait()
+            news.clear()
+            if held:
+                room.set()
+                yield held.pop()
+        reading.result()
+    finally:
+        if not reading.done():
+            reading.cancel()
+            await asyncio.wait((reading,))
 
 
 async def _next(pieces: AsyncGenerator[Piece, None]) -> Piece:

@@ -42,7 +42,7 @@ def refused(call: Any) -> tuple[grpc.StatusCode, str]:
 
 
 def test_chunks_carry_their_tokens_and_the_last_one_the_usage(helpers: Any, engine: Any) -> None:
-    engine.pieces = ("<think>", "add", "</think>", "\n", "42")
+    engine.pieces, engine.gap_s = ("<think>", "add", "</think>", "\n", "42"), 0.02
     with stub(helpers, engine) as service:
         call = service.Generate(hello(request_id="r-7", max_tokens=5, temperature=0.5, model="tiny"))
         chunks = list(call)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from labkit.deployment import Deployment
-from labkit.serving.pieces import Piece, coalesced
+from labkit.serving.pieces import Piece, coalesced, joined_while_busy
 from labkit.serving.streams import Choice
 
 CHAT = "/v1/chat/completions"
@@ -125,3 +125,37 @@ def test_only_the_number_of_chunks_changes(helpers: Any, engine: Any) -> None:
 def test_a_knob_out_of_range_is_refused(knobs: Any) -> None:
     with pytest.raises(ValueError, match=next(iter(knobs))):
         Deployment(**knobs)
+
+
+def test_what_comes_while_a_piece_is_written_goes_out_with_the_next() -> None:
+    async def main(plan: list[Any], write_s: float, most: int = 64) -> tuple[list[tuple[str, int]], str]:
+        got, error = [], ""
+        try:
+            async for each in joined_while_busy(said(plan), most):
+                got.append((each.text, each.tokens))
+                await asyncio.sleep(write_s)
+        except ValueError as raised:
+            error = str(raised)
+        return got, error
+
+    slow = [each for letter in "abcdef" for each in (piece(letter), 0.02)]
+    assert asyncio.run(main(slow, 0.0)) == ([(letter, 1) for letter in "abcdef"], "")
+    got, _ = asyncio.run(main(slow, 0.05))
+    assert "".join(text for text, _ in got) == "abcdef" and 2 <= len(got) <= 4
+    assert all(tokens == len(text) for text, tokens in got)
+    at_once = [piece(letter) for letter in "abcdefgh"]
+    got, error = asyncio.run(main([*at_once, ValueError("gone")], 0.01, most=3))
+    assert "".join(text for text, _ in got) == "abcdefgh" and max(tokens for _, tokens in got) == 3
+    assert error == "gone"
+
+
+def test_giving_up_on_what_is_joined_closes_the_pieces() -> None:
+    closed: list[bool] = []
+
+    async def main() -> None:
+        pieces = joined_while_busy(said([piece("a"), 30.0, piece("b")], closed))
+        assert (await anext(pieces)).text == "a"
+        await pieces.aclose()
+
+    asyncio.run(main())
+    assert closed == [True]
