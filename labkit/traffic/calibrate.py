@@ -53,7 +53,13 @@ class Calibration:
 
     def reasons(self) -> list[str]:
         found = []
-        if self.added_share > MOST_ADDED:
+        if self.server_late_p95_s > max(LEAST_LAG_S, MOST_ADDED * self.scripted_s):
+            # What the server sends late the client cannot have on time, and the machine had no time for either.
+            found.append(
+                f"the server of known timing was itself {self.server_late_p95_s * 1e3:.0f} ms behind its script (P95), "
+                "so nothing is known of the client; is the machine busy with something else?"
+            )
+        elif self.added_share > MOST_ADDED:
             found.append(f"the client adds {self.added_share:.0%} to answers of known timing (limit {MOST_ADDED:.0%})")
         if self.failures:
             found.append(f"{self.failures} of {self.requests} requests failed against a server that cannot fail")

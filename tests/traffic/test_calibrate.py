@@ -52,6 +52,8 @@ def test_a_client_out_of_the_way_gives_no_reason():
         (load(cpu=(0.1, 0.95)), GOOD, "95% of a core"),
         (load(), dataclasses.replace(GOOD, added_share=0.2), "adds 20%"),
         (load(), dataclasses.replace(GOOD, failures=2), "2 of 40"),
+        # A server that was late is named, and not the client that waited for it.
+        (load(), dataclasses.replace(GOOD, added_share=0.2, server_late_p95_s=0.08), "itself 80 ms behind its script"),
     ],
 )
 def test_a_client_in_the_way_is_named(seen, calibration, words):
