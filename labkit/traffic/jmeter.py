@@ -8,7 +8,8 @@ into the plan) and ``-Jresults=``, a CSV file for ``read_jtl``; JMeter adds to o
 
 What JMeter measures: the elapsed time ends with the last byte; ``Latency`` is the time to the first byte of the body,
 not of the headers. That is the TTFT of a server whose first event holds the first token, and less than that where the
-first event only says whose turn it is. The time between tokens it does not see.
+first event only says whose turn it is. The time between tokens it does not see. The first request of each thread bears
+the warming up of the JVM, some 0.2 s.
 
 What differs from our own client: times are whole milliseconds; an answer that takes longer than the timeout is a
 failure, but not cut off while bytes keep coming; after any failure, not only when it was turned away, a user waits
