@@ -159,14 +159,14 @@ def test_serve_ask_and_load(port, tmp_path):
             assert '"choices"' in shell(command.replace("8000", str(port)))
         for command in shown("labkit load"):
             small = command.replace("8000", str(port)).replace("--users 8 --requests 40", "--users 2 --requests 6")
-            assert "kept as" in shell(f"{small} --no-calibrate --runs {tmp_path}")
+            assert "kept as" in labkit(f"{small} --no-calibrate --runs {tmp_path}")
 
 
 def test_the_ladder_is_walked(tmp_path):
     """Two of its rungs and two questions, instead of all of them."""
     for command in shown("labkit ladder"):
         small = command.replace("--users 8 --requests 24", "--users 2 --requests 2 --repeats 1")
-        said = shell(f'{small} --rung "own engine" --device cpu --runs {tmp_path}', timeout=300)
+        said = labkit(f'{small} --rung "own engine" --device cpu --runs {tmp_path}')
         assert "all 2" in said and "times better" in said
 
 
@@ -210,9 +210,9 @@ def test_notebooks_are_run_and_reported(tmp_path):
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / "00_baseline.ipynb")
     for command in shown("labkit run"):
-        shell(f"{command.replace('h200', 'quick')} --folder {tmp_path}/notebooks --out {tmp_path}/runs")
+        labkit(f"{command.replace('h200', 'quick')} --folder {tmp_path}/notebooks --out {tmp_path}/runs")
     for command in shown("labkit report"):
-        said = shell(f"{command} --runs {tmp_path}/runs --site {tmp_path}/site")
+        said = labkit(f"{command} --runs {tmp_path}/runs --site {tmp_path}/site")
         assert str(tmp_path / "site" / "index.html") in said
     assert (tmp_path / "site" / "index.html").exists()
 

@@ -68,8 +68,8 @@ LONG = [pytest.mark.slow, pytest.mark.timeout(900)]
 @pytest.mark.parametrize(
     "quantization, requests, ahead",
     [
-        ("none", 400, True),
-        ("int4", 200, True),
+        ("none", 200, True),
+        ("int4", 100, True),
         pytest.param("none", 2000, True, marks=LONG),
         pytest.param("none", 2000, False, marks=LONG),
         pytest.param("int4", 2000, True, marks=LONG),
