@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -61,6 +62,11 @@ BROKEN = {
     ErrorCode.H3_REQUEST_CANCELLED,
 }
 """Codes of connections that ended without anybody having broken the protocol."""
+CERTIFICATE_ALERTS = range(42, 50)
+"""Of TLS (RFC 8446, 6)."""
+
+# Whatever ends a connection is in the records and the metrics; aioquic would say it on the terminal besides.
+logging.getLogger("quic").setLevel(logging.CRITICAL)
 
 
 def quic_settings(client: bool, **more: Any) -> QuicConfiguration:
@@ -77,8 +83,10 @@ def quic_settings(client: bool, **more: Any) -> QuicConfiguration:
 
 def reason(end: ConnectionTerminated) -> str:
     """What the end of a connection says of itself, in words."""
-    codes: tuple[Any, ...] = (ErrorCode,) if end.frame_type is None else (QuicErrorCode,)
-    name = next((each.name for kind in codes for each in kind if each == end.error_code), f"{end.error_code:#x}")
+    codes: Any = ErrorCode if end.frame_type is None else QuicErrorCode
+    if end.frame_type is not None and end.error_code - QuicErrorCode.CRYPTO_ERROR in CERTIFICATE_ALERTS:
+        return f"the certificate is not trusted: {end.reason_phrase or 'the other end says so'}"
+    name = next((each.name for each in codes if each == end.error_code), f"{end.error_code:#x}")
     return f"{name}: {end.reason_phrase}" if end.reason_phrase else name
 
 

@@ -139,7 +139,8 @@ class Http3Connection(Http3End):
             else:
                 stream.answer.fail("protocol", words, now)
         if not self.made.done():
-            self.made.set_exception(ConnectionError(f"no connection over QUIC: {words}"))
+            hint = "; give the file of whoever signed it as --cafile" if "certificate" in words else ""
+            self.made.set_exception(ConnectionError(f"no connection over QUIC: {words}{hint}"))
         if self._port is not None:  # what is still to be said goes out first
             self._loop.call_later(0.1, self._port.close)
 

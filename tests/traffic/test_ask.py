@@ -28,6 +28,13 @@ def test_a_server_that_is_not_there_is_said(scheme, transport):
             server_model(Target.parse(f"{scheme}://127.0.0.1:{unused.getsockname()[1]}", transport=transport))
 
 
+def test_a_certificate_over_http3_that_is_not_trusted_is_said(certificate, capfd):
+    with Golden(transport="http/3", certificate=certificate) as golden:
+        with pytest.raises(UserError, match="is not trusted: self-signed certificate; .* --cafile"):
+            server_model(Target.parse(golden.url, transport="http/3"))
+    assert capfd.readouterr().err == ""
+
+
 def test_the_wrong_protocol_is_said():
     with Golden() as golden, pytest.raises(UserError, match="does not answer"):
         get_json(Target.parse(golden.url.replace("http:", "h2c:")), "/health", timeout_s=0.5)
