@@ -73,7 +73,8 @@ def load(
         int | None, typer.Option(help="Client processes; as many as the traffic needs by default.")
     ] = None,
     transport: Annotated[
-        str | None, typer.Option(help="http/1.1, 'http/1.1 close', http/2 or grpc, where the address leaves a choice.")
+        str | None,
+        typer.Option(help="http/1.1, 'http/1.1 close', http/2, http/3 or grpc, where the address leaves a choice."),
     ] = None,
     connections: Annotated[
         str | None, typer.Option(help="How many the streams share: a number, or 'each' for one a stream.")
@@ -268,7 +269,7 @@ def serve(
     ] = None,
     certificate: Annotated[
         Path | None,
-        typer.Option(help="PEM file of the server's certificate, for transport 'http/2 tls'; absent: one made here."),
+        typer.Option(help="PEM file of the server's certificate, for 'http/2 tls' and http/3; absent: one made here."),
     ] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key.")] = None,
     schedule: Annotated[
@@ -287,7 +288,8 @@ def serve(
     """Serve a model over an OpenAI-compatible API; prints "ready on URL" once it is warm.
 
     The wire is a knob: --set transport=VALUE with http/1.1, "http/1.1 close" (a connection a request), http/2
-    (cleartext, prior knowledge), "http/2 tls" (ALPN; prints the certificate that clients are to trust) or grpc
+    (cleartext, prior knowledge), "http/2 tls" (ALPN; prints the certificate that clients are to trust), http/3 (over
+    QUIC, with HTTP/2 and HTTP/1.1 under TLS on the TCP port of the same number) or grpc
     (labkit/wire/generation.proto; health and metrics by HTTP on a port beside, which it prints).
 
     labkit serve --port 0 --set transport="http/2 tls"
