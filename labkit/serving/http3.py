@@ -146,7 +146,7 @@ class _Peer(Http3End):
         exchange = self._exchanges.pop(number)
         if self.end is not None:
             return
-        if not exchange.answered and not exchange.gone:
+        if not exchange.answered:
             self.give_up(number, ErrorCode.H3_INTERNAL_ERROR)
         if not (exchange.asked or exchange.gone):
             self._unwanted.add(number)
@@ -216,7 +216,8 @@ class Http3Server:
             await asyncio.wait(self._running, timeout=drain_s)
         for task in self._running:
             task.cancel()
-        await asyncio.sleep(0)
+        if self._running:
+            await asyncio.wait(self._running, timeout=drain_s)
         self._listener.close()
 
     async def _answer(self, exchange: _Exchange) -> None:

@@ -107,7 +107,8 @@ class Http3Connection(Http3End):
             self._port.close()
 
     def in_use(self) -> bool:
-        return bool(self._streams)
+        """Kept for the next request as well: a server that takes it for idle forgets it without a word."""
+        return self.open
 
     def acknowledged(self) -> None:
         if self.settled and not self.made.done():
@@ -215,7 +216,6 @@ class Http3:
 
     async def close(self) -> None:
         self._pool.close()
-        await asyncio.sleep(0)
 
     async def _connect(self) -> Http3Connection:
         return await connect(self._target)
