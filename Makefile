@@ -30,7 +30,7 @@ lab: $(STAMP) ## Install, run the notebooks of profile quick, build the HTML rep
 	@status=0; $(BIN)/labkit run --profile quick || status=$$?; $(BIN)/labkit report; exit $$status
 
 # What measures time has the machine for itself; the rest shares the cores, the longest file first.
-MEASURE := $(addprefix tests/,notebooks traffic probes link browser)
+MEASURE := $(addprefix tests/,notebooks traffic probes link)
 LONGEST := tests/test_readme.py
 REST := $(filter-out $(MEASURE) $(LONGEST) tests/peers %.pyc %__pycache__ %conftest.py,$(wildcard tests/*))
 QUICK := not slow and not peers and not gpu
