@@ -17,7 +17,7 @@ from labkit.experiments.network.rules import (
     HTTP2,
     byte_ratio,
     knees,
-    link_name,
+    links,
     of_runs,
 )
 from labkit.experiments.network.sweeps import AS_IT_COMES, AT_HAND, DIRECT, EDGE
@@ -52,8 +52,8 @@ def bytes_table(mix: pd.DataFrame, engine: pd.DataFrame, tokens: int) -> Table |
         (f"{way}, {tokens} tokens an answer", *_bytes(part, int(part["streams"].iloc[0])))
         for way, part in mix.groupby("way", sort=False)
     ]
-    for name, part in engine.groupby("transport", sort=False):
-        rows.append((f"the model over {name}", *_bytes(part, int(part["requests"].iloc[0]))))
+    for name, part in engine.groupby("way", sort=False):
+        rows.append((str(name), *_bytes(part, int(part["requests"].iloc[0]))))
     columns = ("", "sent a request", "received a request", "received / sent", "connections opened")
     caption = f"{machine_caption()}. Frames on the client's wire, all headers and acknowledgements included. {SPREAD}"
     return Table(columns, tuple(rows), caption)
@@ -63,8 +63,7 @@ def bytes_figure(mix: pd.DataFrame, engine: pd.DataFrame, claimed: float) -> go.
     """The ratio, a bar a transport, beside the article's."""
     if mix.empty:
         return NOTHING
-    parts = [(f"the model over {name}", part) for name, part in engine.groupby("transport", sort=False)]
-    parts += [(str(way), part) for way, part in mix.groupby("way", sort=False)]
+    parts = [(str(way), part) for table in (engine, mix) for way, part in table.groupby("way", sort=False)]
     return figures.ladder(
         _bars([(name, byte_ratio(part)) for name, part in parts]),
         "bytes received for each byte sent",
@@ -78,12 +77,11 @@ def retransmission_figure(table: pd.DataFrame, loads: str) -> go.Figure | Shown:
     """Sent again, over the number of streams, one line a link. ``loads``: what a stream is, in words."""
     if table.empty:
         return NOTHING
-    used = table[table["way"] == str(HTTP1)]
     rows = []
-    for (rate, buffer, streams), part in used.groupby(["rate_mbit", "buffer_kb", "streams"]):
-        found = of_runs(part["retransmitted"] * 100)
-        name = link_name({"rate_mbit": rate, "buffer_kb": buffer})
-        rows.append((name, streams, found.value, found.low, found.high))
+    for link, part in links(table[table["way"] == str(HTTP1)]):
+        for streams, runs in part.groupby("streams"):
+            found = of_runs(runs["retransmitted"] * 100)
+            rows.append((link, streams, found.value, found.low, found.high))
     return figures.lines(
         pd.DataFrame(rows, columns=["name", "streams", "value", "low", "high"]),
         "streams",
@@ -99,9 +97,10 @@ def streams_table(table: pd.DataFrame) -> Table | Shown:
     if table.empty:
         return NOTHING
     rows = []
-    for (rate, buffer, way, streams), part in table.groupby(["rate_mbit", "buffer_kb", "way", "streams"], sort=False):
-        name = f"{link_name({'rate_mbit': rate, 'buffer_kb': buffer})}: {way}, {streams} streams"
-        rows.append((name, interval(of_runs(part["retransmitted"], "share")), *_latenesses(part), _failed(part)))
+    for link, part in links(table):
+        for (way, streams), runs in part.groupby(["way", "streams"], sort=False):
+            name, again = f"{link}: {way}, {streams} streams", of_runs(runs["retransmitted"], "share")
+            rows.append((name, interval(again), *_latenesses(runs), _failed(runs)))
     columns = ("", "sent again", "late: P50", "P95", "P99", "streams failed")
     return Table(columns, tuple(rows), f"{machine_caption()}. {SPREAD}")
 
@@ -129,9 +128,9 @@ def loss_figure(table: pd.DataFrame, metric: str, congestion: str) -> go.Figure 
         return NOTHING
     scale = 100 if metric == "held" else 1
     rows = []
-    for (loss, way), part in table[table["congestion"] == congestion].groupby(["loss", "way"], sort=False):
+    for (_, way), part in table[table["congestion"] == congestion].groupby(["loss", "way"], sort=False):
         found = of_runs(part[metric] * scale)
-        rows.append((way, 100 * loss, found.value, found.low, found.high))
+        rows.append((way, 100 * part["loss"].iloc[0], found.value, found.low, found.high))
     title, axis = {
         "held": ("One lost packet holds up whoever shares its connection", "tokens held up (%)"),
         "p95_ms": ("How late tokens come when packets are lost", "lateness, P95 (ms)"),

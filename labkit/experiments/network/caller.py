@@ -63,10 +63,10 @@ class Caller:
         self._process.kill()
         self._process.communicate()
 
-    def streams(self, target: Target, count: int, plan: Schedule, ramp_s: float = 0.2, mix: bool = False) -> Seen:
-        """``count`` streams of ``plan``, begun over ``ramp_s``, against a server that sends by it. ``mix``: they ask
-        what the article's workload asks, otherwise "hello"."""
-        return self._seen("streams", target, plan, count=count, ramp_s=ramp_s, mix=mix)
+    def streams(self, target: Target, count: int, plan: Schedule, ramp_s: float = 0.1, model: str = "") -> Seen:
+        """``count`` streams of ``plan``, begun over ``ramp_s``, against a server that sends by it. Given the name of
+        its ``model``, they ask what the article's workload asks, otherwise "hello"."""
+        return self._seen("streams", target, plan, count=count, ramp_s=ramp_s, model=model)
 
     def one_by_one(self, target: Target, count: int, plan: Schedule, warm: bool) -> Seen:
         """``count`` streams, one after the other: over one connection, which is open when the first one counts, or
@@ -107,9 +107,9 @@ class Caller:
         return answer["found"]
 
 
-async def streams(target: Target, count: int, plan: Schedule, ramp_s: float, mix: bool) -> Seen:
+async def streams(target: Target, count: int, plan: Schedule, ramp_s: float, model: str) -> Seen:
     """All at once, over as many connections as the target says."""
-    records, bodies = [Record(index) for index in range(count)], _bodies(count, plan.tokens, mix)
+    records, bodies = [Record(index) for index in range(count)], _bodies(count, plan.tokens, model)
     client = Client(target)
 
     async def one(record: Record, body: bytes) -> None:
@@ -129,7 +129,7 @@ async def one_by_one(target: Target, count: int, plan: Schedule, warm: bool) -> 
     """``warm``: over one connection, opened by a stream that is not counted; otherwise each over a new one."""
     records, began, cpu = [], time.perf_counter(), time.process_time()
     client = Client(target)
-    for record, body in zip(map(Record, range(-warm, count)), _bodies(count + warm, plan.tokens, False), strict=True):
+    for record, body in zip(map(Record, range(-warm, count)), _bodies(count + warm, plan.tokens), strict=True):
         await client.chat(body, record, TIMEOUT_S)
         if not warm:
             await client.close()
@@ -160,7 +160,7 @@ def late_tokens(record: Record, plan: Schedule) -> list[float]:
 
 def upload_ms(host: str, port: int, prompt_bytes: int, chunks: int, chunked: bool, over_ms: float) -> float:
     """See ``Caller.uploads``. Raises OSError or HTTPException."""
-    body = _bodies(1, 4, False)[0].replace(b"hello", b"ledger " * (prompt_bytes // 7))
+    body = _bodies(1, 4)[0].replace(b"hello", b"ledger " * (prompt_bytes // 7))
     size = -(-len(body) // chunks)
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
@@ -199,10 +199,10 @@ def _first_token(response: http.client.HTTPResponse) -> float:
     return first
 
 
-def _bodies(count: int, tokens: int, mix: bool) -> list[bytes]:
-    if mix:
+def _bodies(count: int, tokens: int, model: str = "") -> list[bytes]:
+    if model:
         workload = Workload.article(requests=count, max_tokens=tokens)
-        return [prepare(arrival, workload, "labkit").body for arrival in islice(schedule(workload), count)]
+        return [prepare(arrival, workload, model).body for arrival in islice(schedule(workload), count)]
     question = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": tokens}
     return [json.dumps(question).encode()] * count
 

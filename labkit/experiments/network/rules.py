@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,9 @@ def judge_bytes(engine: pd.DataFrame) -> Verdict:
     if engine.empty or engine["down_bytes"].isna().all():
         return not_testable("C13", NO_NAMESPACES, NAMESPACES)
     used, reason = counted(engine[engine["transport"] == "http/1.1"], [])
-    return judge_level("C13", byte_ratio(used), label="bytes received / sent", invalid=reason)
+    if reason:
+        return Verdict("C13", "no verdict", reason)
+    return judge_level("C13", byte_ratio(used), label="bytes received / sent")
 
 
 def judge_retransmission(table: pd.DataFrame) -> Verdict:
@@ -51,9 +54,11 @@ def judge_retransmission(table: pd.DataFrame) -> Verdict:
         return not_testable("C14", NO_NAMESPACES, NAMESPACES)
     share = claim("C14").value or 0.0
     used, reason = counted(table[table["way"] == str(HTTP1)], ["rate_mbit", "buffer_kb", "streams"])
+    if reason:
+        return Verdict("C14", "no verdict", reason)
     most, least = int(used["streams"].max()), int(used["streams"].min())
-    fullest = {link: of_runs(part["retransmitted"], "share") for link, part in _links(used, most)}
-    emptiest = {link: of_runs(part["retransmitted"], "share") for link, part in _links(used, least)}
+    fullest = {link: of_runs(part["retransmitted"], "share") for link, part in links(used, most)}
+    emptiest = {link: of_runs(part["retransmitted"], "share") for link, part in links(used, least)}
     starts = knees(used)
     facts = {
         f"more is sent again with {most} streams than with {least}, on every link": all(
@@ -64,13 +69,13 @@ def judge_retransmission(table: pd.DataFrame) -> Verdict:
         "it begins at the same number of streams on every link": len(set(starts.values())) == 1,
     }
     evidence = [Evidence.of(f"sent again, {most} streams, {link}", each) for link, each in fullest.items()]
-    return judge_facts("C14", facts, evidence, reason)
+    return judge_facts("C14", facts, evidence)
 
 
 def knees(table: pd.DataFrame) -> dict[str, int | None]:
     """For every link, the least number of streams at which one in a hundred segments is sent again; None if at none."""
     found: dict[str, int | None] = {}
-    for link, part in _links(table):
+    for link, part in links(table):
         shares = part.groupby("streams")["retransmitted"].median()
         begun = shares[shares >= BEGINS]
         found[link] = int(begun.index[0]) if len(begun) else None
@@ -82,6 +87,8 @@ def judge_blocking(table: pd.DataFrame) -> Verdict:
     if table.empty:
         return not_testable("C15", NO_NAMESPACES, NAMESPACES)
     used, reason = counted(table, ["way", "loss", "congestion"])
+    if reason:
+        return Verdict("C15", "no verdict", reason)
     lossy, clean = used["loss"] == used["loss"].max(), used["loss"] == 0
     held = _gain(used[lossy], "way", str(GRPC_APART), str(GRPC), "held")
     latest = _gain(used[lossy], "way", str(GRPC_APART), str(GRPC), "p99_ms")
@@ -96,7 +103,7 @@ def judge_blocking(table: pd.DataFrame) -> Verdict:
         Evidence.of("P99 lateness, one channel / a channel each", latest),
         Evidence.of("P95 lateness without losses, likewise", without),
     )
-    return judge_facts("C15", facts, evidence, reason)
+    return judge_facts("C15", facts, evidence)
 
 
 def judge_multiplexing(streams: pd.DataFrame, losses: pd.DataFrame) -> Verdict:
@@ -106,6 +113,8 @@ def judge_multiplexing(streams: pd.DataFrame, losses: pd.DataFrame) -> Verdict:
         return not_testable("C16", NO_NAMESPACES, NAMESPACES)
     full, reason_full = counted(streams[streams["streams"] == streams["streams"].max()], ["way", "buffer_kb"])
     lossy, reason_lossy = counted(losses, ["way", "loss", "congestion"])
+    if reason := reason_full or reason_lossy:
+        return Verdict("C16", "no verdict", reason)
     ways = str(HTTP2), str(HTTP1)
     sooner = _gain(lossy[lossy["loss"] == 0], "way", *ways, "ttft_ms")
     on_full = _gain(full[full["buffer_kb"] == full["buffer_kb"].min()], "way", *ways, "p95_ms")
@@ -120,12 +129,14 @@ def judge_multiplexing(streams: pd.DataFrame, losses: pd.DataFrame) -> Verdict:
         Evidence.of("P95 lateness over a full link, likewise", on_full),
         Evidence.of("P95 lateness over a link with losses, likewise", on_lossy),
     )
-    return judge_facts("C16", facts, evidence, reason_full or reason_lossy)
+    return judge_facts("C16", facts, evidence)
 
 
 def judge_chunks(table: pd.DataFrame) -> Verdict:
     """C17: a long prompt sent whole against sent in chunks."""
     used, reason = counted(table, ["prompt", "chunked"])
+    if reason:
+        return Verdict("C17", "no verdict", reason)
     gains = {
         prompt: _gain(used[used["prompt"] == prompt], "chunked", True, False, "ttft_ms")
         for prompt in (AT_HAND, AS_IT_COMES)
@@ -133,7 +144,7 @@ def judge_chunks(table: pd.DataFrame) -> Verdict:
     facts = {f"sooner with a prompt that is {AT_HAND}": surely(gains[AT_HAND]),
              f"sooner with one that {AS_IT_COMES}": surely(gains[AS_IT_COMES])}  # fmt: skip
     evidence = [Evidence.of(f"time to first token, whole / in chunks, {name}", each) for name, each in gains.items()]
-    return judge_facts("C17", facts, evidence, reason)
+    return judge_facts("C17", facts, evidence)
 
 
 def judge_edge(table: pd.DataFrame) -> Verdict:
@@ -141,6 +152,8 @@ def judge_edge(table: pd.DataFrame) -> Verdict:
     if table.empty:
         return not_testable("C18", NO_NAMESPACES, NAMESPACES)
     used, reason = counted(table, ["way", "loss"])
+    if reason:
+        return Verdict("C18", "no verdict", reason)
     lossy, clean = used[used["loss"] == used["loss"].max()], used[used["loss"] == 0]
     gains = {
         "first token over a new connection": _gain(clean, "way", EDGE, DIRECT, "cold_ms"),
@@ -149,7 +162,7 @@ def judge_edge(table: pd.DataFrame) -> Verdict:
     }
     facts = {f"sooner by the edge: {name}": surely(each) for name, each in gains.items()}
     evidence = [Evidence.of(f"{name}, direct / by the edge", each) for name, each in gains.items()]
-    return judge_facts("C18", facts, evidence, reason)
+    return judge_facts("C18", facts, evidence)
 
 
 def surely(gained: Estimate) -> bool | None:
@@ -172,20 +185,20 @@ def counted(table: pd.DataFrame, by: Sequence[str]) -> tuple[pd.DataFrame, str |
     return used, f"Fewer than {LEAST_RUNS} runs of every kind{why}."
 
 
-def link_name(row: Mapping[str, float] | pd.Series) -> str:
-    """A link with a limited rate, in few words."""
-    return f"{row['rate_mbit']:g} Mbit/s, buffer {row['buffer_kb']:g} kB"
-
-
-def _links(table: pd.DataFrame, streams: int | None = None) -> list[tuple[str, pd.DataFrame]]:
+def links(table: pd.DataFrame, streams: int | None = None) -> list[tuple[str, pd.DataFrame]]:
+    """The runs of every link with a limited rate, by its name in few words."""
     chosen = table if streams is None else table[table["streams"] == streams]
-    return [(link_name(part.iloc[0]), part) for _, part in chosen.groupby(["rate_mbit", "buffer_kb"])]
+    named = chosen.assign(link=[
+        f"{rate:g} Mbit/s, buffer {buffer:g} kB"
+        for rate, buffer in zip(chosen["rate_mbit"], chosen["buffer_kb"], strict=True)
+    ])  # fmt: skip
+    return [(str(link), part) for link, part in named.groupby("link", sort=False)]
 
 
 def _gain(table: pd.DataFrame, column: str, new: object, old: object, metric: str) -> Estimate:
     """How many times less ``metric`` is with ``new`` than with ``old``."""
     values: Callable[[object], list[float]] = lambda name: table.loc[table[column] == name, metric].tolist()  # noqa: E731
-    return ratio_of_medians(values(new), values(old))
+    return replace(ratio_of_medians(values(new), values(old)), unit="×")
 
 
 def _not(held: bool | None) -> bool | None:

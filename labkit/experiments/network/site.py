@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +38,11 @@ class Wire:
 
 @dataclass
 class Site:
-    """An open link with its servers, by name."""
+    """An open link with its servers, by name, and the deployments that they serve."""
 
     link: Link
     caller: Caller
+    deployments: Mapping[str, Deployment]
     servers: Mapping[str, Server]
     calibration_s: float
     off: str = ""
@@ -54,9 +55,8 @@ class Site:
         server = self.servers[name]
         parts = urlsplit(server.url)
         host, port = self.link.endpoint("origin", parts.port or 0)
-        transport = None if parts.scheme == "grpc" else name
         url = f"{parts.scheme}://{host}:{port}"
-        return Target.parse(url, None, transport, connections, server.cafile)
+        return Target.parse(url, None, self.deployments[name].transport, connections, server.cafile)
 
     def lay(self, leg: Leg, congestion: str | None = "cubic") -> str:
         """Changes the client's wire and measures it, a few times if it was off. Why no run over it counts, or ""."""
@@ -85,30 +85,38 @@ class Site:
         return found, Wire(client, origin, self.off or "; ".join(self.link.kept_up(relayed)))
 
 
+def open_together(stack: contextlib.ExitStack, *sites: contextlib.AbstractContextManager[Site]) -> list[Site]:
+    """Enters several at once, for servers take long to start; they end with ``stack``."""
+    with ThreadPoolExecutor(len(sites)) as threads:
+        return list(threads.map(stack.enter_context, sites))
+
+
 @contextlib.contextmanager
 def open_site(
-    link: Link, deployments: Mapping[str, Deployment], plan: Schedule | None = None, calibration_s: float = 0.6
-) -> Iterator[Site]:
-    """Starts a server for every deployment on the origin of ``link``, which is open, all at once. With a ``plan`` they
-    send by it; without, they run the model.
+    link: Link, plan: Schedule, transports: Sequence[str], models: Mapping[str, Deployment] | None = None,
+    calibration_s: float = 0.6,
+) -> Iterator[Site]:  # fmt: skip
+    """Starts servers on the origin of ``link``, which is open, all at once: one for each of ``transports``, named after
+    it, that sends by ``plan``, and one for each of ``models`` that runs its model.
 
-    A name of ``deployments`` that is a transport is that of its server. Raises UserError as ``running_server`` does.
+    Raises UserError as ``running_server`` does.
     """
+    deployments = {name: Deployment(transport=name) for name in transports} | dict(models or {})  # type: ignore[arg-type]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="labkit-")))
 
-        def start(numbered: tuple[int, Deployment]) -> Server:
-            number, deployment = numbered
+        def start(name: str) -> Server:
+            deployment, log = deployments[name], folder / f"{list(deployments).index(name)}.log"
             command = [*serve_command(deployment), "--host", link.address("origin")]
-            if plan is not None:
+            if name in transports:
                 given = ",".join(f"{name}={value}" for name, value in dataclasses.asdict(plan).items())
                 command += ["--schedule", given]
-            running = running_server(deployment, folder / f"{number}.log", command=command, popen=on_origin)
+            running = running_server(deployment, log, command=command, popen=on_origin)
             return stack.enter_context(running)
 
         def on_origin(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
             return link.popen("origin", argv, **options)
 
         with ThreadPoolExecutor(len(deployments)) as threads:
-            servers = dict(zip(deployments, threads.map(start, enumerate(deployments.values())), strict=True))
-        yield Site(link, stack.enter_context(Caller(link)), servers, calibration_s)
+            servers = dict(zip(deployments, threads.map(start, deployments), strict=True))
+        yield Site(link, stack.enter_context(Caller(link)), deployments, servers, calibration_s)

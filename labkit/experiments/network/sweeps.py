@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from labkit.experiments.network.site import Site, Wire
 from labkit.link.edge import Edge
 from labkit.link.leg import Leg
 from labkit.serving.schedule import Schedule
+from labkit.serving.server import name_of
 from labkit.traffic.target import Connections, Target
 from labkit.traffic.workload import Workload
 
@@ -49,15 +51,15 @@ def has_no_wire(site: Site, say: Say) -> bool:
 
 
 def by_streams(
-    site: Site, ways: Sequence[Way], legs: Sequence[Leg], counts: Sequence[int], plan: Schedule, repeats: int, say: Say
+    site: Site, variants: Sequence[tuple[Way, int]], legs: Sequence[Leg], plan: Schedule, repeats: int, say: Say
 ) -> pd.DataFrame:
-    """Every way, at every number of streams, over every leg. One row a run: see ``_row``. Without namespaces, none."""
+    """Every way with its number of streams, over every leg. One row a run: see ``_row``. Without namespaces, none."""
     rows: list[dict[str, Any]] = []
     for leg in () if has_no_wire(site, say) else legs:
         site.lay(leg)
-        for repeat, way, count in _in_turn(repeats, ways, counts):
+        for repeat, (way, count) in _in_turn(repeats, variants):
             rows.append(_run(site, way, count, plan, repeat, leg))
-        say(f"{leg}: {_said(rows, len(ways) * len(counts) * repeats)}")
+        say(f"{leg}: {_said(rows, len(variants) * repeats)}")
     return pd.DataFrame(rows)
 
 
@@ -91,23 +93,23 @@ def by_mix(site: Site, ways: Sequence[Way], count: int, plan: Schedule, repeats:
     run: see ``_row``. Without namespaces, none."""
     if has_no_wire(site, say):
         return pd.DataFrame()
-    leg = site.link.legs[0]
-    rows = [_run(site, way, count, plan, repeat, leg, mix=True) for repeat, way in _in_turn(repeats, ways)]
+    leg, model = site.link.legs[0], name_of(site.deployments[ways[0].transport].model)
+    rows = [_run(site, way, count, plan, repeat, leg, model) for repeat, way in _in_turn(repeats, ways)]
     say(f"bytes of {count} questions: {_said(rows, len(rows))}")
     return pd.DataFrame(rows)
 
 
-def by_engine(site: Site, workload: Workload, repeats: int, say: Say) -> pd.DataFrame:
-    """``workload`` against every server of ``site``, which run the model. One row a run: transport, repeat, requests,
-    failures, correct, prompt_tokens, tokens, and the wire's as in ``_row``."""
+def by_engine(site: Site, names: Sequence[str], workload: Workload, repeats: int, say: Say) -> pd.DataFrame:
+    """``workload`` against servers of ``site`` that run a model. One row a run: way (its name), transport, repeat,
+    requests, failures, correct, prompt_tokens, tokens, and the wire's as in ``_row``."""
     rows = []
-    for repeat, name in _in_turn(repeats, list(site.servers)):
+    for repeat, name in _in_turn(repeats, names):
         target = site.target(name)
-        scheme = {"grpc": "grpc", "http/2 tls": "https"}.get(name, "http")
-        url = f"{scheme}://{target.authority}"
-        found, wire = site.watched(lambda: site.caller.load(url, workload, name, target.cafile))  # noqa: B023
-        rows.append({"transport": name, "repeat": repeat, **found, **_wire(wire)})
-        say(f"the model over {name}: {found['requests']} answers, {found['failures']} failures")
+        scheme = urlsplit(site.servers[name].url).scheme
+        url, transport = f"{scheme}://{target.authority}", str(target.transport)
+        found, wire = site.watched(lambda: site.caller.load(url, workload, transport, target.cafile))  # noqa: B023
+        rows.append({"way": name, "transport": transport, "repeat": repeat, **found, **_wire(wire)})
+        say(f"{name}: {found['requests']} answers, {found['failures']} failures")
     return pd.DataFrame(rows)
 
 
@@ -173,9 +175,9 @@ def _three_ways(site: Site, target: Target, count: int, plan: Schedule) -> dict[
     return {"cold_ms": _median(cold.ttft_ms), "warm_ms": _median(warm.ttft_ms), **_late(many), "failures": failures}
 
 
-def _run(site: Site, way: Way, count: int, plan: Schedule, repeat: int, leg: Leg, mix: bool = False) -> dict[str, Any]:
+def _run(site: Site, way: Way, count: int, plan: Schedule, repeat: int, leg: Leg, model: str = "") -> dict[str, Any]:
     target = site.target(way.transport, way.connections)
-    seen, wire = site.watched(lambda: site.caller.streams(target, count, plan, mix=mix))
+    seen, wire = site.watched(lambda: site.caller.streams(target, count, plan, model=model))
     return _row(way, count, repeat, leg, seen, wire)
 
 
@@ -189,21 +191,23 @@ def _row(way: Way, count: int, repeat: int, leg: Leg, seen: Seen, wire: Wire) ->
         "way": str(way), "transport": way.transport, "streams": count, "repeat": repeat, "loss": leg.loss,
         "rate_mbit": leg.rate_mbit, "buffer_kb": (leg.buffer_bytes or 0) / 1e3, **_late(seen),
         "held": float(np.mean(np.asarray(seen.late_ms) > leg.rtt_ms)) if seen.late_ms else np.nan,
-        "ttft_ms": _median(seen.ttft_ms), "failures": len(seen.failures), "took_s": seen.took_s, **_wire(wire),
+        "ttft_ms": _median(seen.ttft_ms), "failures": len(seen.failures), "took_s": seen.took_s,
+        **_wire(wire, seen.failures),
     }  # fmt: skip
 
 
-def _wire(wire: Wire) -> dict[str, Any]:
+def _wire(wire: Wire, failures: Sequence[str] = ()) -> dict[str, Any]:
     client, origin = wire.client, wire.origin
+    invalid = wire.invalid or (f"{len(failures)} streams failed, such as: {failures[0]}" if failures else "")
     if client is None or origin is None:
         nothing = dict.fromkeys(("retransmitted", "up_bytes", "down_bytes", "connections"), np.nan)
-        return {**nothing, "invalid": wire.invalid}
+        return {**nothing, "invalid": invalid}
     return {
         "retransmitted": origin.retransmitted_share,
         "up_bytes": client.bytes_sent,
         "down_bytes": client.bytes_received,
         "connections": client.connections_opened,
-        "invalid": wire.invalid,
+        "invalid": invalid,
     }
 
 

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from labkit.experiments.network import sweeps
+from labkit.experiments.network.site import Site, open_site
+from labkit.experiments.network.sweeps import DIRECT, EDGE, Way
+from labkit.link import Leg, Link
+from labkit.serving.schedule import Schedule
+
+PLAN = Schedule(ttft_ms=30, itl_ms=10, tokens=5)
+RTT_MS, ORIGIN_MS = 8.0, 4.0
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    far = Link(RTT_MS, hosts=("client", "edge", "origin"), origin_leg=Leg(ORIGIN_MS))
+    with far as link:
+        if link.mode == "delay only":
+            pytest.skip("; ".join(link.notes))
+        with open_site(link, PLAN, ["http/2 tls"], calibration_s=0.5) as made:
+            yield made
+
+
+def test_a_run_knows_what_came_when_and_what_the_wire_carried(site):
+    said: list[str] = []
+    ways = [Way("http/2 tls", 1), Way("http/2 tls", "each")]
+    table = sweeps.by_streams(site, [(way, 6) for way in ways], [Leg(RTT_MS)], PLAN, 2, said.append)
+    assert list(table["way"]) == [str(way) for way in (*ways, *ways[::-1])]
+    assert list(table["connections"]) == [1, 6, 6, 1] and (table["failures"] == 0).all()
+    # A token cannot be there before it has travelled, and the first one not before a round trip and its time.
+    assert (table["p50_ms"] >= (RTT_MS + ORIGIN_MS) / 2).all()
+    assert (table["ttft_ms"] >= PLAN.ttft_ms + RTT_MS + ORIGIN_MS).all()
+    assert (table["down_bytes"] > 6 * PLAN.tokens * 20).all() and (table["up_bytes"] > 6 * 60).all()
+    assert said[-1].endswith("0 streams failed, 0 runs do not count") or table["invalid"].any()
+
+
+def test_the_mix_is_asked_for_by_its_bytes(site):
+    hello = sweeps.by_streams(site, [(Way("http/2 tls", 1), 10)], [Leg(RTT_MS)], PLAN, 1, print)
+    mix = sweeps.by_mix(site, [Way("http/2 tls", 1)], 10, PLAN, 1, print)
+    assert mix["failures"][0] == 0 and mix["up_bytes"][0] > hello["up_bytes"][0] + 5_000
+
+
+def test_streams_that_fail_make_a_run_that_does_not_count(site):
+    table = sweeps.by_streams(site, [(Way("http/2 tls", 1), 2)], [Leg(RTT_MS)], PLAN, 1, print)
+    assert table["invalid"][0] == "" or "relay" in table["invalid"][0]
+    seen, wire = site.watched(lambda: site.caller.streams(site.target("http/2 tls"), 2, PLAN, model="another"))
+    row = sweeps._row(Way("http/2 tls"), 2, 0, Leg(RTT_MS), seen, wire)
+    assert row["failures"] == 2 and "such as: 4xx" in row["invalid"]
+
+
+def test_by_the_edge_and_directly(site):
+    table = sweeps.by_the_edge(site, "http/2 tls", RTT_MS, [0.0], 3, PLAN, 2, print)
+    assert list(table["way"]) == [DIRECT, EDGE, EDGE, DIRECT] and (table["failures"] == 0).all()
+    # TCP, TLS 1.3 and the request: three round trips, of which two end at the edge; then nothing is saved.
+    direct, edge = (table[table["way"] == way].min(numeric_only=True) for way in (DIRECT, EDGE))
+    assert direct["cold_ms"] >= 3 * (RTT_MS + ORIGIN_MS) + PLAN.ttft_ms
+    assert edge["cold_ms"] >= 3 * RTT_MS + ORIGIN_MS + PLAN.ttft_ms
+    assert min(direct["warm_ms"], edge["warm_ms"]) >= RTT_MS + ORIGIN_MS + PLAN.ttft_ms
+
+
+def test_without_namespaces_there_is_no_wire_to_look_at():
+    said: list[str] = []
+    with Link(1, mode="delay only") as link:
+        bare = Site(link, None, {}, {}, 0.5)  # type: ignore[arg-type]
+        assert sweeps.by_streams(bare, [(Way("grpc"), 1)], [Leg(1)], PLAN, 3, said.append).empty
+    assert "nothing measured" in said[0] and "delay only" in said[0]
