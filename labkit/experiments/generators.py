@@ -197,9 +197,9 @@ def judge_client(faults: Measurement, load: Measurement, frozen: Frozen) -> Verd
         f"it keeps {load.users} users busy (its run takes at most {AGREES:.0%} longer than the server)": busy,
         f"a freeze of {frozen.freeze_s:g} s shows in its P95": seen.value >= SHOWS * wanted.value,
     }
-    missing = truth.requests - told.requests
+    taken, missing = max(0, told.success - truth.outcomes[WHOLE]), max(0, truth.requests - told.requests)
     evidence = (
-        Evidence.of("its successes that were none", share(told.success - truth.outcomes[WHOLE], told.success)),
+        Evidence.of("its successes that were none", share(taken, told.success)),
         Evidence.of("requests in none of its counts", share(missing, truth.requests)),
         *_latencies(loaded, f"{load.users} users"),
         Evidence.of("freeze: P95 of constant arrivals", wanted),

@@ -153,6 +153,7 @@ def test_a_client_that_gets_everything_right_confirms_the_claim() -> None:
     ("faults", "load", "frozen", "wrong"),
     [
         (told(70, **{**ALL, "truncated": 0}), (told(60), truth()), STILL, "truncated streams are noticed: no"),
+        (told(50, **ALL), (told(60), truth()), STILL, "successes are the whole answers: no"),
         (told(60, **{**ALL, "timeout": 3}), (told(60), truth()), STILL, "counted as timeouts: no"),
         (told(60, **ALL), (told(60, 1.2), truth()), STILL, "P95 are within 10% of the server's: no"),
         (told(60, **ALL), (told(60), truth(span_s=1.3)), STILL, "longer than the server): no"),
