@@ -1,8 +1,8 @@
 """HTTP/3 on a UDP socket: an ASGI server on ``aioquic``.
 
-hypercorn, the ASGI server with HTTP/3 of the field, is built on the same library. Of 300 streams on a connection version
-0.18 runs 128; an application whose client reset a stream learns of it by an error in its next send, one whose client is
-gone does not, and answers that nobody reads grow without end.
+hypercorn, the ASGI server with HTTP/3 of the field, is built on the same library. Of 300 streams on a connection its
+version 0.18 runs 128; an application whose client reset a stream learns of it by an error in its next send, one whose
+client is gone does not, and answers that nobody reads grow without end.
 """
 
 from __future__ import annotations
