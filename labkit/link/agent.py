@@ -70,9 +70,8 @@ class Agent:
                 return self._ping(tuple(to), count, wait_s)
             case {"do": "send", "to": to, "count": count, "frame": frame, "per_s": per_s}:
                 return self._send(tuple(to), count, frame, per_s)
-            case {"do": "arrived"}:
-                arrivals, self._arrivals = self._arrivals, []
-                return _summary(arrivals)
+            case {"do": "arrived", "expected": expected, "wait_s": wait_s}:
+                return self._arrived(expected, wait_s)
             case {"do": "converse", "to": to, "count": count}:
                 return self._converse(tuple(to), count)
         raise ValueError(f"unknown command {command!r}")
@@ -101,6 +100,14 @@ class Agent:
             if (wait := began + sent / per_s - time.monotonic()) > 0:
                 time.sleep(max(wait, _TICK_S))
         return sent
+
+    def _arrived(self, expected: int, wait_s: float) -> dict[str, float]:
+        """What has come: as soon as that is all, after ``wait_s`` at the latest."""
+        deadline = time.monotonic() + wait_s
+        while len(self._arrivals) < expected and time.monotonic() < deadline:
+            time.sleep(_TICK_S)
+        arrivals, self._arrivals = self._arrivals, []
+        return _summary(arrivals)
 
     def _converse(self, to: tuple[str, int], count: int) -> dict[str, Any]:
         """Over one connection: the congestion control of both ends, and round trips of ``count`` bytes in seconds."""

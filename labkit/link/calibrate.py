@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MOST_OFF = 0.10
 """A run over a link that is off by more than this share of what was asked for gives no verdict."""
 _PINGS = 40
+_LONG_S = 1.0
+"""A shorter calibration sends half the pings, and does not find out what an unlimited link could carry: that decides
+nothing."""
 _CONFIDENCE = 0.99
 _SMALL_FRAMES_PER_S = 8000.0
 _MOST_FRAMES_PER_S = 80_000.0
@@ -175,14 +178,16 @@ class _Remote:
         self.process = link.popen(host, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._commands, self._answers = self.process.stdin, self.process.stdout
+        self._turn = threading.Lock()
         datagrams, connections = map(int, self._line().split())
         self.address = (link.address(host), datagrams)
         self.listening = (link.address(host), connections)
 
     def ask(self, command: dict[str, Any]) -> Any:
-        self._commands.write(json.dumps(command) + "\n")
-        self._commands.flush()
-        return json.loads(self._line())
+        with self._turn:  # both directions at once are two who ask
+            self._commands.write(json.dumps(command) + "\n")
+            self._commands.flush()
+            return json.loads(self._line())
 
     def _line(self) -> str:
         line = self._answers.readline()
@@ -203,9 +208,10 @@ def _agent(link: Link, host: str) -> Iterator[_Remote]:
 
 def _measure(leg: Leg, near: _Remote, far: _Remote, seconds: float, lost_in_rate: bool) -> LegCalibration:
     wait_s = 2 * leg.rtt_ms / 1e3 + 0.1
-    trips = near.ask({"do": "ping", "to": far.address, "count": _PINGS, "wait_s": wait_s})
+    pings = _PINGS if seconds >= _LONG_S else _PINGS // 2
+    trips = near.ask({"do": "ping", "to": far.address, "count": pings, "wait_s": wait_s})
     pairs = ((near, far), (far, near))
-    # A quarter each for the two bursts, one after the other; half for the loss of both directions at once.
+    # Half of the time for the loss of both directions at once, a quarter for a burst.
     per_s = _SMALL_FRAMES_PER_S
     if leg.rate_mbit is not None:
         per_s = min(per_s, 0.4 * leg.rate_mbit * 1e6 / 8 / LEAST_FRAME)
@@ -213,10 +219,15 @@ def _measure(leg: Leg, near: _Remote, far: _Remote, seconds: float, lost_in_rate
     with ThreadPoolExecutor(len(pairs)) as threads:
         sent = [threads.submit(_send, a, b, count, LEAST_FRAME, per_s, wait_s) for a, b in pairs]
         counted = [count - each.result()["frames"] for each in sent]
+    if leg.rate_mbit is not None:
+        with ThreadPoolExecutor(len(pairs)) as threads:
+            sending = [threads.submit(_overload, leg, a, b, seconds / 4, wait_s) for a, b in pairs]
+            bursts = [each.result() for each in sending]
+    else:  # one after the other, for what they find is what this machine can do
+        found = seconds >= _LONG_S
+        bursts = [_unlimited(a, b, seconds / 4, wait_s) if found else (math.nan, math.nan) for a, b in pairs]
     directions = []
-    for (source, target), lost in zip(pairs, counted, strict=True):
-        burst = _unlimited if leg.rate_mbit is None else _overload
-        rate, buffer = burst(leg, source, target, seconds / 4, wait_s)
+    for (source, target), lost, (rate, buffer) in zip(pairs, counted, bursts, strict=True):
         rate /= 1 - leg.loss if lost_in_rate else 1.0
         directions.append(DirectionCalibration(f"{source.host} to {target.host}", count, lost, rate, buffer))
     return LegCalibration(f"{near.host} and {far.host}", leg, _lower_quartile(trips) * 1e3, tuple(directions))
@@ -224,12 +235,11 @@ def _measure(leg: Leg, near: _Remote, far: _Remote, seconds: float, lost_in_rate
 
 def _send(source: _Remote, target: _Remote, count: int, frame: int, per_s: float, wait_s: float) -> dict[str, Any]:
     source.ask({"do": "send", "to": target.address, "count": count, "frame": frame, "per_s": per_s})
-    time.sleep(wait_s)
-    arrived: dict[str, Any] = target.ask({"do": "arrived"})
+    arrived: dict[str, Any] = target.ask({"do": "arrived", "expected": count, "wait_s": wait_s})
     return arrived
 
 
-def _unlimited(leg: Leg, source: _Remote, target: _Remote, seconds: float, wait_s: float) -> tuple[float, float]:
+def _unlimited(source: _Remote, target: _Remote, seconds: float, wait_s: float) -> tuple[float, float]:
     """What this machine carries of full frames over a leg without a limit, in Mbit/s."""
     count = round(_MOST_FRAMES_PER_S * seconds)
     return _mbit(_send(source, target, count, FRAME_BYTES, _MOST_FRAMES_PER_S, wait_s)), math.nan

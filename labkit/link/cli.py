@@ -77,7 +77,8 @@ def _show(calibration: Calibration) -> None:
             table.add_row("loss", f"{asked.loss:.3%}", measured)
         for each in leg.directions:
             rate = "no limit" if asked.rate_mbit is None else f"{asked.rate_mbit:g} Mbit/s"
-            table.add_row(f"{each.direction}: rate", rate, f"{each.rate_mbit:.4g} Mbit/s")
+            found = "not measured" if each.rate_mbit != each.rate_mbit else f"{each.rate_mbit:.4g} Mbit/s"
+            table.add_row(f"{each.direction}: rate", rate, found)
             if asked.buffer_bytes is not None:
                 full = "not filled" if each.buffer_kb != each.buffer_kb else f"{each.buffer_kb:.4g} kB"
                 table.add_row(f"{each.direction}: buffer", f"{asked.buffer_bytes / 1e3:g} kB", full)

@@ -55,4 +55,5 @@ class Leg:
     def __str__(self) -> str:
         rate = "no limit of the rate" if self.rate_mbit is None else f"{self.rate_mbit:g} Mbit/s"
         buffer = "" if self.buffer_bytes is None else f", buffer {self.buffer_bytes / 1e3:g} kB"
-        return f"RTT {self.rtt_ms:g} ms, loss {self.loss:.3g}, {rate}{buffer}".replace("loss 0,", "no loss,")
+        loss = f"{100 * self.loss:g} % lost" if self.loss else "no loss"
+        return f"RTT {self.rtt_ms:g} ms, {loss}, {rate}{buffer}"

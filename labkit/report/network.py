@@ -110,8 +110,8 @@ def loss_table(table: pd.DataFrame) -> Table | Shown:
     if table.empty:
         return NOTHING
     rows = []
-    for (congestion, loss, way), part in table.groupby(["congestion", "loss", "way"], sort=False):
-        name = f"{way}; {loss:.0%} lost, {congestion}"
+    for (congestion, _, way), part in table.groupby(["congestion", "loss", "way"], sort=False):
+        name = f"{way}; {_percent(part)} lost, {congestion}"
         held = interval(of_runs(part["held"], "share"))
         rows.append((name, held, *_latenesses(part), interval(of_runs(part["ttft_ms"], "ms")), _failed(part)))
     columns = ("", "tokens held up", "late: P50", "P95", "P99", "time to first token", "streams failed")
@@ -168,7 +168,7 @@ def edge_figure(table: pd.DataFrame) -> go.Figure | Shown:
     kinds: tuple[tuple[str, float, str], ...] = (
         ("new connection, first token", 0.0, "cold_ms"),
         ("open connection, first token", 0.0, "warm_ms"),
-        (f"streams at {worst:.0%} loss, late (P95)", worst, "p95_ms"),
+        (f"streams, {100 * worst:g} % lost: late (P95)", worst, "p95_ms"),
     )
     rows = [
         (f"{name}: {way}", of_runs(table[(table["way"] == way) & (table["loss"] == loss)][metric], "ms"))
@@ -204,7 +204,7 @@ def network_takeaway(
         worst = losses[losses["loss"] == losses["loss"].max()]
         held = {way: _of(worst, way, "held") for way in (HTTP1, HTTP2, GRPC, GRPC_APART)}
         lines.append(
-            f"**Head-of-line blocking** is TCP's, not gRPC's: with {worst['loss'].iloc[0]:.0%} of the packets lost, "
+            f"**Head-of-line blocking** is TCP's, not gRPC's: with {_percent(worst)} of the packets lost, "
             f"{_share(held[GRPC])} of the tokens were held up on one gRPC channel and {_share(held[HTTP2])} on one "
             f"HTTP/2 connection, {_share(held[GRPC_APART])} on channels of their own and {_share(held[HTTP1])} over "
             "HTTP/1.1. Sharing a connection pays on a full link and costs on one that loses packets."
@@ -247,6 +247,10 @@ def _bars(rows: Sequence[tuple[str, Estimate]]) -> pd.DataFrame:
 
 def _of(table: pd.DataFrame, way: object, metric: str) -> float:
     return of_runs(table[table["way"] == str(way)][metric]).value
+
+
+def _percent(table: pd.DataFrame) -> str:
+    return f"{100 * table['loss'].iloc[0]:g}\u00a0%"
 
 
 def _share(value: float) -> str:

@@ -44,8 +44,6 @@ class Seen:
     """From the sent time to the first content token, of every whole stream."""
     failures: tuple[str, ...]
     took_s: float
-    cpu_share: float
-    """Of a core, for this process."""
 
 
 class Caller:
@@ -68,10 +66,9 @@ class Caller:
         its ``model``, they ask what the article's workload asks, otherwise "hello"."""
         return self._seen("streams", target, plan, count=count, ramp_s=ramp_s, model=model)
 
-    def one_by_one(self, target: Target, count: int, plan: Schedule, warm: bool) -> Seen:
-        """``count`` streams, one after the other: over one connection, which is open when the first one counts, or
-        (not ``warm``) each over a new one."""
-        return self._seen("one by one", target, plan, count=count, warm=warm)
+    def cold_and_warm(self, target: Target, plan: Schedule) -> Seen:
+        """Two streams, one after the other: over a new connection, and over the same, which is open then."""
+        return self._seen("cold and warm", target, plan)
 
     def uploads(
         self, host: str, port: int, count: int, prompt_bytes: int, chunks: int, chunked: bool, over_ms: float
@@ -116,36 +113,29 @@ async def streams(target: Target, count: int, plan: Schedule, ramp_s: float, mod
         await asyncio.sleep(ramp_s * record.index / count)
         await client.chat(body, record, TIMEOUT_S)
 
-    began, cpu = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     try:
         await asyncio.gather(*map(one, records, bodies))
     finally:
         await client.close()
-    took = time.perf_counter() - began
-    return seen(records, plan, took, (time.process_time() - cpu) / took)
+    return seen(records, plan, time.perf_counter() - began)
 
 
-async def one_by_one(target: Target, count: int, plan: Schedule, warm: bool) -> Seen:
-    """``warm``: over one connection, opened by a stream that is not counted; otherwise each over a new one."""
-    records, began, cpu = [], time.perf_counter(), time.process_time()
-    client = Client(target)
-    for record, body in zip(map(Record, range(-warm, count)), _bodies(count + warm, plan.tokens), strict=True):
+async def cold_and_warm(target: Target, plan: Schedule) -> Seen:
+    """See ``Caller.cold_and_warm``."""
+    records, client, began = [Record(0), Record(1)], Client(target), time.perf_counter()
+    for record, body in zip(records, _bodies(2, plan.tokens), strict=True):
         await client.chat(body, record, TIMEOUT_S)
-        if not warm:
-            await client.close()
-            client = Client(target)
-        records.append(record)
     await client.close()
-    took = time.perf_counter() - began
-    return seen([each for each in records if each.index >= 0], plan, took, (time.process_time() - cpu) / took)
+    return seen(records, plan, time.perf_counter() - began)
 
 
-def seen(records: Sequence[Record], plan: Schedule, took_s: float, cpu_share: float) -> Seen:
+def seen(records: Sequence[Record], plan: Schedule, took_s: float) -> Seen:
     whole = [record for record in records if not record.failure]
     late = [late_s * 1e3 for record in whole for late_s in late_tokens(record, plan)]
     ttft = [(record.chunks[0][0] - record.sent) * 1e3 for record in whole if record.chunks and record.sent is not None]
     failures = tuple(f"{record.failure}: {record.message}" for record in records if record.failure)
-    return Seen(tuple(late), tuple(ttft), failures, took_s, cpu_share)
+    return Seen(tuple(late), tuple(ttft), failures, took_s)
 
 
 def late_tokens(record: Record, plan: Schedule) -> list[float]:
@@ -232,11 +222,14 @@ def answer(order: dict[str, Any]) -> Any:
         count = order.pop("count")
         return [upload_ms(**order) for _ in range(count)]
     order |= {"target": Target(**order["target"]), "plan": Schedule(**order["plan"])}
-    return asdict(asyncio.run(streams(**order) if what == "streams" else one_by_one(**order)))
+    return asdict(asyncio.run(streams(**order) if what == "streams" else cold_and_warm(**order)))
 
 
 def main() -> None:
-    gc.disable()  # the client must not be what is late
+    # The client must not be what is late; what loading left behind need not be looked through after every run.
+    gc.disable()
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         try:
             said = {"found": answer(json.loads(line))}

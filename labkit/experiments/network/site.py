@@ -117,6 +117,7 @@ def open_site(
         def on_origin(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
             return link.popen("origin", argv, **options)
 
+        caller = stack.enter_context(Caller(link))  # it loads while they do
         with ThreadPoolExecutor(len(deployments)) as threads:
             servers = dict(zip(deployments, threads.map(start, deployments), strict=True))
-        yield Site(link, stack.enter_context(Caller(link)), deployments, servers, calibration_s)
+        yield Site(link, caller, deployments, servers, calibration_s)

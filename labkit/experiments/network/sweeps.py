@@ -167,12 +167,10 @@ def by_the_edge(
 
 
 def _three_ways(site: Site, target: Target, count: int, plan: Schedule) -> dict[str, Any]:
-    brief = dataclasses.replace(plan, tokens=2)
-    cold = site.caller.one_by_one(target, 1, brief, warm=False)
-    warm = site.caller.one_by_one(target, 1, brief, warm=True)
+    one = site.caller.cold_and_warm(target, dataclasses.replace(plan, tokens=2))
     many = site.caller.streams(target, count, plan)
-    failures = sum(len(each.failures) for each in (cold, warm, many))
-    return {"cold_ms": _median(cold.ttft_ms), "warm_ms": _median(warm.ttft_ms), **_late(many), "failures": failures}
+    cold, warm = one.ttft_ms if len(one.ttft_ms) == 2 else (np.nan, np.nan)
+    return {"cold_ms": cold, "warm_ms": warm, **_late(many), "failures": len(one.failures) + len(many.failures)}
 
 
 def _run(site: Site, way: Way, count: int, plan: Schedule, repeat: int, leg: Leg, model: str = "") -> dict[str, Any]:
