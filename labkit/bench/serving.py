@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +17,15 @@ import psutil
 from labkit.bench.rows import Book, Row
 from labkit.deployment import Deployment
 from labkit.experiments.measure import running_server, serve_command
+from labkit.experiments.network.caller import streams
 from labkit.serving.extras import require_http3
-from labkit.serving.schedule import Schedule, lateness_s
-from labkit.traffic.answer import Record
-from labkit.traffic.client import Client
+from labkit.serving.schedule import Schedule
 from labkit.traffic.target import TRANSPORTS, Target
 
 STREAMS = 300
 SCHEDULE = Schedule(ttft_ms=1000.0, itl_ms=20.0, tokens=250)
 RAMP_S = 1.0
 """Over which the streams begin, so that their tokens are due at different times."""
-TIMEOUT_S = 120.0
 STARVED = 0.05
 """Part of the time that a process was ready to run and had no core, from which on a note says so."""
 
@@ -97,51 +94,24 @@ def lateness(deployment: Deployment, streams: int = STREAMS, schedule: Schedule 
             return _run(target, server.process.pid, streams, schedule)
 
 
-def _run(target: Target, pid: int, streams: int, schedule: Schedule) -> Lateness:
-    records = [Record(index) for index in range(streams)]
+def _run(target: Target, pid: int, count: int, schedule: Schedule) -> Lateness:
     server = psutil.Process(pid)
     gc.collect()
     gc.disable()  # the client must not be what is late
     try:
         cpu, mine, waits, began = _cpu_s(server), time.process_time(), _waits_s(pid), time.perf_counter()
-        asyncio.run(_streams(target, records, schedule))
+        found = asyncio.run(streams(target, count, schedule, RAMP_S))
         took = time.perf_counter() - began
         cpu, mine, later = _cpu_s(server) - cpu, time.process_time() - mine, _waits_s(pid)
     finally:
         gc.enable()
-    late = np.concatenate([[], *(_late(record, schedule) for record in records if not record.failure)]) * 1e3
-    count = max(len(late), 1)
-    p50, p99, most = np.percentile(late, (50, 99, 100)) if len(late) else (0.0, 0.0, 0.0)
+    tokens = max(len(found.late_ms), 1)
+    p50, p99, most = np.percentile(found.late_ms, (50, 99, 100)) if found.late_ms else (0.0, 0.0, 0.0)
     return Lateness(
-        float(p50), float(p99), float(most), len(late),
-        tuple(f"{record.failure}: {record.message}" for record in records if record.failure),
-        cpu / count * 1e6, mine / count * 1e6,
+        float(p50), float(p99), float(most), len(found.late_ms), found.failures,
+        cpu / tokens * 1e6, mine / tokens * 1e6,
         max((later[thread] - waits.get(thread, 0.0) for thread in later), default=0.0) / took,
     )  # fmt: skip
-
-
-async def _streams(target: Target, records: Sequence[Record], schedule: Schedule) -> None:
-    client = Client(target)
-    question = {"messages": [{"role": "user", "content": "hello"}], "stream": True, "max_tokens": schedule.tokens}
-    body = json.dumps(question).encode()
-
-    async def one(record: Record) -> None:
-        await asyncio.sleep(RAMP_S * record.index / len(records))
-        await client.chat(body, record, TIMEOUT_S)
-
-    try:
-        await asyncio.gather(*(one(record) for record in records))
-    finally:
-        await client.close()
-
-
-def _late(record: Record, schedule: Schedule) -> list[float]:
-    words = [word + " " for word in record.text.split(" ")[:-1]]
-    chunks, used = [], 0
-    for arrived, tokens, _ in record.chunks:
-        chunks.append((arrived, "".join(words[used : used + tokens])))
-        used += tokens
-    return lateness_s(schedule, chunks)
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -28,7 +28,8 @@ from labkit.serving.extras import require_http3
 from labkit.serving.http import MOST_CONNECTIONS, listen, serve_app
 from labkit.serving.intake import Service
 from labkit.serving.options import ServerOptions
-from labkit.serving.schedule import Schedule, ScheduleEngine
+from labkit.serving.schedule import Schedule
+from labkit.serving.schedule_engine import ScheduleEngine
 from labkit.serving.tls import Certificate, given_certificate, own_certificate
 
 PROGRESS_S = 2.0

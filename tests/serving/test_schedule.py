@@ -14,7 +14,8 @@ from labkit.deployment import Deployment
 from labkit.engine import QueueFull
 from labkit.errors import UserError
 from labkit.request import SamplingParams
-from labkit.serving.schedule import STEP_S, Schedule, ScheduleEngine, lateness_s
+from labkit.serving.schedule import Schedule, lateness_s
+from labkit.serving.schedule_engine import STEP_S, ScheduleEngine
 
 
 def engine(model: Path, **knobs: Any) -> ScheduleEngine:

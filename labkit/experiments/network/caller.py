@@ -104,7 +104,7 @@ class Caller:
         return answer["found"]
 
 
-async def streams(target: Target, count: int, plan: Schedule, ramp_s: float, model: str) -> Seen:
+async def streams(target: Target, count: int, plan: Schedule, ramp_s: float, model: str = "") -> Seen:
     """All at once, over as many connections as the target says."""
     records, bodies = [Record(index) for index in range(count)], _bodies(count, plan.tokens, model)
     client = Client(target)
@@ -118,7 +118,7 @@ async def streams(target: Target, count: int, plan: Schedule, ramp_s: float, mod
         await asyncio.gather(*map(one, records, bodies))
     finally:
         await client.close()
-    return seen(records, plan, time.perf_counter() - began)
+    return _seen(records, plan, time.perf_counter() - began)
 
 
 async def cold_and_warm(target: Target, plan: Schedule) -> Seen:
@@ -127,18 +127,18 @@ async def cold_and_warm(target: Target, plan: Schedule) -> Seen:
     for record, body in zip(records, _bodies(2, plan.tokens), strict=True):
         await client.chat(body, record, TIMEOUT_S)
     await client.close()
-    return seen(records, plan, time.perf_counter() - began)
+    return _seen(records, plan, time.perf_counter() - began)
 
 
-def seen(records: Sequence[Record], plan: Schedule, took_s: float) -> Seen:
+def _seen(records: Sequence[Record], plan: Schedule, took_s: float) -> Seen:
     whole = [record for record in records if not record.failure]
-    late = [late_s * 1e3 for record in whole for late_s in late_tokens(record, plan)]
+    late = [late_s * 1e3 for record in whole for late_s in _late_tokens(record, plan)]
     ttft = [(record.chunks[0][0] - record.sent) * 1e3 for record in whole if record.chunks and record.sent is not None]
     failures = tuple(f"{record.failure}: {record.message}" for record in records if record.failure)
     return Seen(tuple(late), tuple(ttft), failures, took_s)
 
 
-def late_tokens(record: Record, plan: Schedule) -> list[float]:
+def _late_tokens(record: Record, plan: Schedule) -> list[float]:
     """Of each token of a stream from a server that sends by ``plan``: seconds from when it was due to when it came."""
     words = [word + " " for word in record.text.split(" ")[:-1]]
     chunks, used = [], 0
