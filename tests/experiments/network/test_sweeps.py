@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from labkit.errors import UserError
 from labkit.experiments.network import sweeps
 from labkit.experiments.network.site import Site, open_site
 from labkit.experiments.network.sweeps import DIRECT, EDGE, Way
@@ -20,7 +21,7 @@ def site() -> Iterator[Site]:
     with far as link:
         if link.mode == "delay only":
             pytest.skip("; ".join(link.notes))
-        with open_site(link, PLAN, ["http/2 tls"], calibration_s=0.5) as made:
+        with open_site(link, PLAN, ["http/2 tls", "http/1.1"], calibration_s=0.5) as made:
             yield made
 
 
@@ -59,6 +60,19 @@ def test_by_the_edge_and_directly(site):
     assert direct["cold_ms"] >= 3 * (RTT_MS + ORIGIN_MS) + PLAN.ttft_ms
     assert edge["cold_ms"] >= 3 * RTT_MS + ORIGIN_MS + PLAN.ttft_ms
     assert min(direct["warm_ms"], edge["warm_ms"]) >= RTT_MS + ORIGIN_MS + PLAN.ttft_ms
+
+
+def test_a_prompt_goes_whole_and_in_chunks_as_its_pieces_come(site):
+    table = sweeps.uploads(site, "http/1.1", 4000, 4, 60.0, 1, print)
+    assert len(table) == 4 and (table["ttft_ms"] >= PLAN.ttft_ms + RTT_MS + ORIGIN_MS).all()
+    waited = table[table["prompt"] == sweeps.AS_IT_COMES]
+    # The answer cannot begin before the last piece of the question is there.
+    assert (waited["ttft_ms"] >= 60 + PLAN.ttft_ms + RTT_MS + ORIGIN_MS).all()
+
+
+def test_what_goes_wrong_at_the_client_is_said_here(site):
+    with pytest.raises(UserError, match=r"on the client's host: .*refused"):
+        site.caller.uploads(site.link.address("origin"), 1, 1, 100, 1, False, 0.0)
 
 
 def test_without_namespaces_there_is_no_wire_to_look_at():
