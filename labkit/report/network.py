@@ -211,17 +211,18 @@ def network_takeaway(
         )
     saved = {prompt: _chunk_gain(chunks, prompt) for prompt in (AT_HAND, AS_IT_COMES)}
     lines.append(
-        f"**Chunks** bring the first token {digits(saved[AS_IT_COMES])} ms sooner when the prompt itself comes piece "
-        f"by piece, {digits(saved[AT_HAND])} ms when it is at hand (below 0: later)."
+        f"**Chunks** bring the first token {_sooner(saved[AS_IT_COMES])} when the prompt itself comes piece by piece, "
+        f"and {_sooner(saved[AT_HAND])} when it is at hand."
     )
     if not edge.empty:
         clean = edge[edge["loss"] == 0]
         gained = {metric: _edge_gain(clean, metric) for metric in ("cold_ms", "warm_ms")}
         lines.append(
-            f"**An edge** saves {digits(gained['cold_ms'])} ms of a new connection and {digits(gained['warm_ms'])} ms "
-            "of an open one: what it shortens is handshakes and the way of what is sent again, not the way itself."
+            f"**An edge** brings the first token {_sooner(gained['cold_ms'])} over a new connection, and "
+            f"{_sooner(gained['warm_ms'])} over an open one: what it shortens is handshakes and the way of what is "
+            "sent again, not the way itself."
         )
-    return "\n\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _bytes(part: pd.DataFrame, requests: int) -> tuple[str, str, str, str]:
@@ -251,6 +252,12 @@ def _of(table: pd.DataFrame, way: object, metric: str) -> float:
 
 def _percent(table: pd.DataFrame) -> str:
     return f"{100 * table['loss'].iloc[0]:g}\u00a0%"
+
+
+def _sooner(ms: float) -> str:
+    if abs(ms) < 1:
+        return "no sooner"
+    return f"{digits(abs(ms))}\u00a0ms {'sooner' if ms > 0 else 'later'}"
 
 
 def _share(value: float) -> str:
