@@ -16,7 +16,7 @@ from labkit.request import EngineStats, SamplingParams
 from labkit.serving.schedule import Schedule
 
 MAX_CONTEXT = 1 << 20
-STEP_S = 0.004
+STEP_S = 0.002
 """Tokens that are due within so long come together, at its end, as an engine's come a step at a time."""
 
 
