@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Any
 
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from h2.errors import ErrorCodes
@@ -17,7 +16,7 @@ from h2.events import DataReceived, RequestReceived, StreamEnded, StreamReset, W
 from h2.exceptions import ProtocolError
 
 from labkit.traffic.golden_http1 import Begin, page
-from labkit.traffic.golden_play import Play, SseVoice, Voice
+from labkit.traffic.golden_play import Play, StreamVoice, Voice
 from labkit.traffic.http2 import Header, Inbox, Outbox, open_connection
 from labkit.wire.generation_pb2 import GenerateChunk, GenerateRequest, Usage
 
@@ -145,34 +144,10 @@ class Http2Peer(asyncio.Protocol):
             self._transport.write(data)
 
 
-class Http2Voice(SseVoice):
-    def __init__(self, peer: Http2Peer, number: int) -> None:
-        self._peer, self._number = peer, number
-
-    def headers(self) -> None:
-        self._peer.headers(self._number, [(b":status", b"200"), (b"content-type", b"text/event-stream")])
-
-    def write(self, data: bytes) -> None:
-        self._peer.data(self._number, data)
-
-    def end(self) -> None:
-        self._peer.data(self._number, b"", end=True)
-
-    def cut(self) -> None:
-        self._peer.reset(self._number)
-
+class Http2Voice(StreamVoice[Http2Peer]):
     def garbage(self) -> None:
         """A frame of data on stream 0, which carries none."""
         self._peer.raw(bytes(9))
-
-    def go_away(self) -> None:
-        self._peer.go_away(self._number)
-
-    def plain(self, status: int, answer: dict[str, Any]) -> None:
-        self._peer.headers(
-            self._number, [(b":status", str(status).encode()), (b"content-type", b"application/json")]
-        )  # fmt: skip
-        self._peer.data(self._number, json.dumps(answer).encode(), end=True)
 
 
 class GrpcVoice(Voice):

@@ -17,7 +17,7 @@ from aioquic.quic.events import ConnectionTerminated, StopSendingReceived
 from labkit.serving.quic import Http3End, Listener, quic_settings
 from labkit.serving.tls import Certificate
 from labkit.traffic.golden_http1 import Begin, page
-from labkit.traffic.golden_play import Play, SseVoice
+from labkit.traffic.golden_play import Play, StreamVoice
 from labkit.traffic.http2 import Header
 
 
@@ -105,34 +105,10 @@ class Http3Peer(Http3End):
             play.stop()
 
 
-class Http3Voice(SseVoice):
-    def __init__(self, peer: Http3Peer, number: int) -> None:
-        self._peer, self._number = peer, number
-
-    def headers(self) -> None:
-        self._peer.headers(self._number, [(b":status", b"200"), (b"content-type", b"text/event-stream")])
-
-    def write(self, data: bytes) -> None:
-        self._peer.data(self._number, data)
-
-    def end(self) -> None:
-        self._peer.data(self._number, b"", end=True)
-
-    def cut(self) -> None:
-        self._peer.reset(self._number)
-
+class Http3Voice(StreamVoice[Http3Peer]):
     def garbage(self) -> None:
         """Data where headers come first."""
         self._peer.raw(self._number, encode_frame(FrameType.DATA, b"220 smtp ready\r\n"))
-
-    def go_away(self) -> None:
-        self._peer.go_away(self._number)
-
-    def plain(self, status: int, answer: dict[str, Any]) -> None:
-        self._peer.headers(
-            self._number, [(b":status", str(status).encode()), (b"content-type", b"application/json")]
-        )  # fmt: skip
-        self._peer.data(self._number, json.dumps(answer).encode(), end=True)
 
 
 async def serve_golden(

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 FAULTS = ("", "reset", "4xx", "429", "503", "5xx", "truncate", "no finish", "data error", "stall", "garbage", "goaway")
 """reset: closed before any byte. truncate: closed after half of the tokens. no finish: a whole response whose stream
@@ -141,6 +141,46 @@ class SseVoice(Voice):
 
     def _event(self, event: dict[str, Any]) -> None:
         self.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+class Streams(Protocol):
+    """A connection of many streams, by number: HTTP/2's or HTTP/3's."""
+
+    def headers(self, number: int, headers: list[tuple[bytes, bytes]]) -> None: ...
+    def data(self, number: int, data: bytes, end: bool = False) -> None: ...
+    def reset(self, number: int) -> None: ...
+    def go_away(self, number: int) -> None: ...
+
+
+P = TypeVar("P", bound=Streams)
+
+
+class StreamVoice(SseVoice, Generic[P]):
+    """On one stream of several; what is garbage there differs."""
+
+    def __init__(self, peer: P, number: int) -> None:
+        self._peer, self._number = peer, number
+
+    def headers(self) -> None:
+        self._peer.headers(self._number, [(b":status", b"200"), (b"content-type", b"text/event-stream")])
+
+    def write(self, data: bytes) -> None:
+        self._peer.data(self._number, data)
+
+    def end(self) -> None:
+        self._peer.data(self._number, b"", end=True)
+
+    def cut(self) -> None:
+        self._peer.reset(self._number)
+
+    def go_away(self) -> None:
+        self._peer.go_away(self._number)
+
+    def plain(self, status: int, answer: dict[str, Any]) -> None:
+        self._peer.headers(
+            self._number, [(b":status", str(status).encode()), (b"content-type", b"application/json")]
+        )  # fmt: skip
+        self._peer.data(self._number, json.dumps(answer).encode(), end=True)
 
 
 class Play:
