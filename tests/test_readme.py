@@ -1,7 +1,11 @@
-"""Every command that README.md and CONTRIBUTING.md show is run, with the substitutions that stand here."""
+"""Every command that the pages show is run, with the substitutions that stand here.
+
+Those of programs that others wrote are run by tests/peers/test_pages.py.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,7 +18,8 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -22,29 +27,49 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
+from labkit.bench import serving as serving_bench
 from labkit.cli import app
+from labkit.errors import UserError
+from labkit.serving.schedule import Schedule
 from labkit.training.modeldir import write_model
 from labkit.training.network import Network, Shape
 from labkit.training.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-PAGES = ("README.md", "CONTRIBUTING.md")
-SERVE = "labkit serve data/models/ledger-r1 --port 8000"
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/network.md")
 SERVE_SMALL = "labkit serve build/ledger-r1-4bit --port 8000"
 # Benches of something else than the engine -> the one case that is run here.
-BENCHES = {"labkit bench linear": "M=64", "labkit bench training": "fused"}
+BENCHES = {"labkit bench linear": "M=64", "labkit bench training": "fused", "labkit bench serving": "grpc"}
 
 # Run by .ci/run itself, or what those targets begin with.
 IN_CI = {"make install", "make lab", "make lint", "make test", "make test-peers"}
 
 
-def blocks() -> list[str]:
-    return [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)]
+def blocks(page: str, language: str = "bash") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def lines(page: str) -> list[str]:
+    whole = [re.sub(r"\s*\\\n\s*", " ", block) for block in blocks(page)]
+    return [line.removeprefix(".venv/bin/") for block in whole for line in block.splitlines() if line.strip()]
 
 
 def commands() -> set[str]:
-    return {line.removeprefix(".venv/bin/") for block in blocks() for line in block.splitlines() if line.strip()}
+    return {line for page in PAGES for line in lines(page)}
+
+
+def served() -> dict[str, list[str]]:
+    """The servers of the pages, and what each is sent: all that comes before the next one."""
+    found: dict[str, list[str]] = {}
+    for page in PAGES:
+        sent: list[str] = []
+        for line in lines(page):
+            if line.startswith("labkit serve"):
+                sent = found.setdefault(line, [])
+            elif line.startswith(("curl ", "labkit load", "jmeter ")):
+                sent.append(line)
+    return found
 
 
 def shown(beginning: str) -> list[str]:
@@ -115,6 +140,51 @@ def running(command: str, url: str, within_s: float = 120, **more: str) -> Itera
         said.close()
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[subprocess.Popen[str]]:
+    """See tests/warm_labkit.py: a dozen servers need not each load torch."""
+    command = [sys.executable, str(ROOT / "tests" / "warm_labkit.py")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin
+    yield process
+    process.stdin.close()
+    process.wait(30)
+
+
+@contextmanager
+def serving(warm: subprocess.Popen[str], command: str, log: Path, within_s: float = 120) -> Iterator[str]:
+    """What the server has said when it is ready; it is stopped by Ctrl-C."""
+    assert warm.stdin and warm.stdout
+    log.touch()
+    warm.stdin.write(json.dumps({"arguments": shlex.split(command)[1:], "log": str(log)}) + "\n")
+    warm.stdin.flush()
+    number = int(warm.stdout.readline())
+    try:
+        deadline = time.monotonic() + within_s
+        while "labkit: ready on" not in log.read_text():
+            assert _runs(number), f"{command} ended: {log.read_text()[-2000:]}"
+            assert time.monotonic() < deadline, f"{command} was not ready: {log.read_text()[-2000:]}"
+            time.sleep(0.1)
+        yield log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGINT)
+        deadline = time.monotonic() + 10
+        while _runs(number) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if _runs(number):
+            os.killpg(number, signal.SIGKILL)
+
+
+def _runs(number: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(number, 0)
+        return True
+    return False
+
+
 def _read(said: TextIO) -> str:
     said.seek(0)
     return said.read()[-2000:]
@@ -130,19 +200,22 @@ def _answers(url: str) -> bool:
 
 def test_every_command_is_run_by_a_test_of_this_file():
     tested = ("source ", "labkit ", "curl ", "make jupyter", "python -m pytest ", "pre-commit install")
+    tested += ("jmeter ", "locust ", "guidellm ")  # by tests/peers/test_pages.py
     others = {command for command in commands() - IN_CI if not command.startswith(tested)}
     assert others == set()
     assert set(re.findall(r"make ([a-z-]+)", " ".join(IN_CI))) - {"install"} == set(
         re.search(r"for target in (.*); do", (ROOT / ".ci/run").read_text())[1].split()
     )
-    known = ("serve", "load", "ladder", "bench", "run", "report", "train", "evaluate", "quantize", "distill")
+    known = ("serve", "load", "link", "ladder", "bench", "run", "report", "train", "evaluate", "quantize", "distill")
     assert {command.split()[1] for command in shown("labkit ")} == set(known)
+    sent = {line for each in served().values() for line in each}
+    assert sent == {*shown("curl "), *shown("labkit load"), *shown("jmeter ")}
 
 
 def test_the_pages_name_only_what_exists():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
-            assert (ROOT / target).exists(), f"{page} points to {target}"
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} points to {target}"
 
 
 def test_the_environment_can_be_entered():
@@ -152,14 +225,61 @@ def test_the_environment_can_be_entered():
         assert shell(f"{command} && command -v labkit").strip() == str(ROOT / ".venv" / "bin" / "labkit")
 
 
-def test_serve_ask_and_load(port, tmp_path):
-    serve = next(command for command in shown("labkit serve") if command == SERVE)
-    with running(serve.replace("8000", str(port)), f"http://127.0.0.1:{port}/health"):
-        for command in shown("curl "):
-            assert '"choices"' in shell(command.replace("8000", str(port)))
-        for command in shown("labkit load"):
-            small = command.replace("8000", str(port)).replace("--users 8 --requests 40", "--users 2 --requests 6")
-            assert "kept as" in labkit(f"{small} --no-calibrate --runs {tmp_path}")
+@pytest.mark.parametrize("command", [each for each in served() if each != SERVE_SMALL])
+def test_servers_are_started_and_sent_what_the_pages_send(command, port, warm, tiny_model, tmp_path):
+    """A tiny model stands in for your own and for one of a hub, the CPU for GPUs, and known timing for the shipped
+    model where the page is about the wire."""
+    small = command.replace("path/to/model", str(tiny_model)).replace("8000", str(port))
+    small = re.sub(r"serve [a-zA-Z-]+/DeepSeek-R1-Distill-Qwen-1.5B", f"serve {tiny_model}", small)
+    small = small.replace("tokens=100", "tokens=10")
+    small = re.sub(r"(tensor_parallel=2|--at-full-speed)", r"\1 --set device=cpu", small)
+    if "transport=" in command:
+        small += " --schedule ttft_ms=20,itl_ms=2,tokens=20"
+    with serving(warm, small, tmp_path / "said") as said:
+        given = {"8000": str(port), "path/to/certificate.pem": "".join(re.findall("certificate (.*)", said))}
+        for sent in served()[command] or ["curl -s http://127.0.0.1:8000/v1/models"]:
+            send(sent, given, tmp_path)
+
+
+def send(command: str, given: dict[str, str], folder: Path) -> None:
+    """Six short questions instead of forty of the usual mix."""
+    small = command.replace("--users 8 --requests 40", "--users 2 --requests 6")
+    for name, value in given.items():
+        small = small.replace(name, value)
+    if command.startswith("curl "):
+        assert ('"data"' if "models" in command else '"choices"') in shell(small)
+    elif "--export-jmeter" in command:
+        told = labkit(small.replace("plan.jmx", f"{folder}/plan.jmx"))
+        assert told.replace(f"{folder}/", "").splitlines()[-1] in shown("jmeter ")
+    elif command.startswith("labkit load"):
+        assert "kept as" in labkit(f"{small} --mix 100/0/0 --max-tokens 40 --no-calibrate --runs {folder}")
+
+
+@pytest.mark.parametrize("command", shown("labkit link"))
+def test_wires_are_laid(command, tmp_path, capfd):
+    """Whether one is as asked for is not judged here, where others use the machine as well."""
+    small = command.replace("wire.pcap", f"{tmp_path}/wire.pcap")
+    small = small if " -- " in small else f"{small} --seconds 0.5"
+    done = CliRunner().invoke(app, shlex.split(small)[1:])
+    said = done.output + capfd.readouterr().out
+    if "delay only" in said:
+        pytest.skip(said)
+    assert done.exit_code in (0, 1), said
+    if " -- " in small:
+        assert "200 OK" in said and (tmp_path / "wire.pcap").stat().st_size > 1000
+    else:
+        assert "made by" in said and "40 ms" in said
+
+
+@pytest.mark.parametrize("program", [block for page in PAGES for block in blocks(page, "python")])
+def test_python_runs(program, capfd):
+    try:
+        exec(compile(program, "page", "exec"), {})
+    except UserError as error:
+        if "delay only" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert capfd.readouterr().out.count("200 OK") == 2
 
 
 def test_the_ladder_is_walked(tmp_path):
@@ -180,21 +300,14 @@ def test_the_engine_is_benched(command, tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize("command", BENCHES)
-def test_other_things_are_benched(command, tmp_path):
-    """One case of each, once."""
+def test_other_things_are_benched(command, tmp_path, monkeypatch):
+    """One case of each, once; of a server five streams of five tokens."""
+    short = partial(serving_bench.lateness, streams=5, schedule=Schedule(ttft_ms=50, itl_ms=10, tokens=5))
+    monkeypatch.setattr(serving_bench, "lateness", short)
+    monkeypatch.setattr(serving_bench, "RAMP_S", 0.1)
     assert command in shown("labkit bench")
     said = labkit(f"{command} --only {BENCHES[command]} --repeat 1 --peers none --device cpu --runs {tmp_path}")
     assert BENCHES[command] in said and "kept as" in said
-
-
-@pytest.mark.parametrize("command", [each for each in shown("labkit serve") if each not in (SERVE, SERVE_SMALL)])
-def test_the_other_ways_to_serve(command, port, tiny_model):
-    """A tiny model stands in for your own and for one of a hub, and the CPU for GPUs."""
-    command = command.replace("path/to/model", str(tiny_model)).replace("8000", str(port))
-    command = re.sub(r"serve [a-zA-Z-]+/DeepSeek-R1-Distill-Qwen-1.5B", f"serve {tiny_model}", command)
-    command = re.sub(r"(tensor_parallel=2|--at-full-speed)", r"\1 --set device=cpu", command)
-    with running(command, f"http://127.0.0.1:{port}/health"):
-        assert '"data"' in shell(f"curl -s http://127.0.0.1:{port}/v1/models")
 
 
 def test_notebooks_are_run_and_reported(tmp_path):
@@ -247,7 +360,7 @@ def test_the_model_is_trained_and_evaluated(made, tmp_path):
         assert "/1 " in said
 
 
-def test_the_model_is_quantised_served_and_compared(made, tmp_path, port):
+def test_the_model_is_quantised_served_and_compared(made, tmp_path, port, warm):
     """One that has learnt nothing stands in for the shipped one, a single text for the 24."""
     beginner = tmp_path / "ledger-r1"
     write_model(
@@ -258,8 +371,7 @@ def test_the_model_is_quantised_served_and_compared(made, tmp_path, port):
         said = labkit(f"{small.replace('--sequences 24', '--sequences 1')} --device cpu")
         assert "GPTQ / RTN" in said and "written to" in said
     serve = next(each for each in shown("labkit serve") if each == SERVE_SMALL)
-    serve = serve.replace("8000", str(port)).replace("build/", f"{made}/")
-    with running(serve, f"http://127.0.0.1:{port}/health"):
+    with serving(warm, serve.replace("8000", str(port)).replace("build/", f"{made}/"), tmp_path / "said"):
         assert '"ledger-r1-4bit"' in shell(f"curl -s http://127.0.0.1:{port}/v1/models")
     for said in evaluated("build/ledger-r1-4bit", made, str(beginner), ONE):
         assert "McNemar" in said and "same first choice" in said
