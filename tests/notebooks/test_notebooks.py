@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from labkit.experiments.provenance import code_version, versions
-from labkit.experiments.store import RunStore, default_store
+from labkit.experiments.store import default_store
+from labkit.report.environment import environment
 from labkit.report.execute import check, claims_of
 from labkit.report.profiles import load_profile
-from labkit.report.shelf import Shelf
+from labkit.report.shelf import Execution, Shelf
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -56,44 +56,63 @@ def test_it_is_told_in_order(path: Path) -> None:
     assert max(len(cell.splitlines()) for cell in code) <= 40
 
 
-def take_over(runs: RunStore, out: Path) -> None:
-    """Copies what this code has measured already with these versions, as `make lab` makes it do before the tests.
+def executed_before(path: Path, earlier: Shelf) -> bool:
+    """Whether ``earlier`` holds a whole execution of this very code, as `make lab` leaves before the tests.
 
-    Nothing where the code is not as committed: of a new file git says only that it is there, so two states of it pass
+    Never where something is not as committed: of a new file git says only that it is there, so two states of it pass
     for one.
     """
-    code = code_version()
-    if code["commit"] is None or code["changes"] is not None:
-        return
-    for run in runs.list():
-        if "key" in run.manifest and (run.manifest["code"], run.manifest["versions"]) == (code, versions()):
-            shutil.copytree(run.path, out / run.name)
+    execution, here = earlier.execution(path.stem), environment()
+    then = {} if execution is None else execution.environment
+    command = ["git", "status", "--porcelain", "--", "labkit", "notebooks", "data"]
+    changed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if execution is None or execution.status != "succeeded" or changed.returncode or changed.stdout:
+        return False
+    return all(then.get(name) == here[name] for name in ("code", "versions"))
+
+
+@pytest.mark.parametrize(
+    "other", [{"code": {"commit": "0" * 40, "changes": None}}, {"versions": {"python": "2.7"}}, {}], ids=str
+)
+def test_what_other_code_or_versions_executed_is_not_taken_over(other, tmp_path: Path) -> None:
+    shelf, path = Shelf.of(tmp_path, "quick"), NOTEBOOKS[0]
+    assert not executed_before(path, shelf)
+    shelf.folder.mkdir(parents=True)
+    shelf.notebook(path.stem).write_text(path.read_text())
+    status = Execution(path.stem, "quick", "succeeded" if other else "failed", "", 1.0, 1.0,
+                       environment=environment() | other)  # fmt: skip
+    shelf._status(path.stem).write_text(json.dumps(asdict(status)))
+    assert shelf.execution(path.stem) is not None and not executed_before(path, shelf)
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[Path, Shelf]]:
+    """What `labkit run` said, and where the execution of each notebook is: one that was made before, or its own."""
     out = tmp_path_factory.mktemp("executed")
-    take_over(default_store(), out)
+    earlier = Shelf.of(default_store().root, "quick")
+    missing = [path for path in NOTEBOOKS if not executed_before(path, earlier)]
+    shelves = {path: Shelf.of(out, "quick") if path in missing else earlier for path in NOTEBOOKS}
+    if not missing:
+        return "", shelves
     command = [sys.executable, "-m", "labkit.cli", "run", "--profile", "quick", "--out", str(out)]
-    limit_s = sum(load_profile("quick").limit_s(path.stem) for path in NOTEBOOKS) + 60
+    limit_s = sum(load_profile("quick").limit_s(path.stem) for path in missing) + 60
     # As a user runs them: the tests' one thread would slow the servers that are measured.
-    environment = {
+    inherited = {
         name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")
     }
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, env=environment)
-    return done, out
+    names = [path.stem for path in missing]
+    done = subprocess.run([*command, *names], cwd=ROOT, capture_output=True, text=True, timeout=limit_s, env=inherited)
+    return done.stdout + done.stderr, shelves
 
 
 @each
 @pytest.mark.notebooks
 @pytest.mark.timeout(1500)
-def test_it_succeeds_with_a_verdict_for_every_claim(
-    path: Path, executed: tuple[subprocess.CompletedProcess[str], Path]
-) -> None:
-    done, out = executed
-    shelf = Shelf.of(out, "quick")
+def test_it_succeeds_with_a_verdict_for_every_claim(path: Path, executed: tuple[str, dict[Path, Shelf]]) -> None:
+    said, shelves = executed
+    shelf = shelves[path]
     execution = shelf.execution(path.stem)
-    assert execution is not None and execution.status == "succeeded", done.stdout + done.stderr
+    assert execution is not None and execution.status == "succeeded", said
     assert {verdict.claim for verdict in shelf.verdicts(path.stem)} == set(execution.claims)
     assert execution.left_behind == ()
     # A page that is sent around should stay small: a figure keeps data, not its own copy of plotly.
