@@ -85,8 +85,7 @@ def measure_serving(
 def lateness(deployment: Deployment, streams: int = STREAMS, schedule: Schedule = SCHEDULE) -> Lateness:
     """Starts a server with ``schedule`` for an engine, and lets ``streams`` run. Raises UserError as ``running_server``
     does."""
-    plan = ",".join(f"{field.name}={getattr(schedule, field.name)}" for field in dataclasses.fields(schedule))
-    command = [*serve_command(deployment), "--schedule", plan]
+    command = [*serve_command(deployment), "--schedule", str(schedule)]
     with tempfile.TemporaryDirectory(prefix="labkit-") as directory:
         log = Path(directory) / "server.log"
         with running_server(deployment, log, command=command) as server:

@@ -19,6 +19,7 @@ from labkit.experiments.network.rules import (
     knees,
     links,
     of_runs,
+    usual,
 )
 from labkit.experiments.network.sweeps import AS_IT_COMES, AT_HAND, DIRECT, EDGE
 from labkit.report import figures
@@ -201,7 +202,7 @@ def network_takeaway(
         )
         lines.append(f"**Retransmission** begins where the link is full, not at a number of users ({begins}).")
     if not losses.empty:
-        worst = losses[losses["loss"] == losses["loss"].max()]
+        worst = usual(losses)[usual(losses)["loss"] == losses["loss"].max()]
         held = {way: _of(worst, way, "held") for way in (HTTP1, HTTP2, GRPC, GRPC_APART)}
         lines.append(
             f"**Head-of-line blocking** is TCP's, not gRPC's: with {_percent(worst)} of the packets lost, "

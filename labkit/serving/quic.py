@@ -8,6 +8,7 @@ import contextlib
 import logging
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -271,7 +272,7 @@ class Listener:
         return end
 
 
-class Http3End(QuicConnectionProtocol):
+class Http3End(QuicConnectionProtocol, ABC):
     """One end of one connection. What several streams have to say at one moment goes out together, when the event loop
     has run what was ready; acknowledgements wait for ACK_S."""
 
@@ -290,20 +291,20 @@ class Http3End(QuicConnectionProtocol):
         self._acknowledging: asyncio.TimerHandle | None = None
         self._staying = self._loop.call_later(PING_S, self._stay)
 
+    @abstractmethod
     def in_use(self) -> bool:
         """Whether a request is under way."""
-        raise NotImplementedError
 
+    @abstractmethod
     def happened(self, event: Any) -> None:
         """An event of HTTP/3, or a reset of a stream."""
-        raise NotImplementedError
 
     def acknowledged(self) -> None:
         """The peer may have taken what was sent."""
 
+    @abstractmethod
     def lost(self, end: ConnectionTerminated) -> None:
         """The connection has ended; called once."""
-        raise NotImplementedError
 
     def send_soon(self) -> None:
         self._transmit_soon()

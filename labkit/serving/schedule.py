@@ -34,6 +34,10 @@ class Schedule:
         except ValueError as error:
             raise UserError(f"a schedule is written ttft_ms=50,itl_ms=20,tokens=256; got {text!r}: {error}") from error
 
+    def __str__(self) -> str:
+        """What ``parse`` reads."""
+        return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
     def due_s(self, index: int) -> float:
         """Seconds from a stream's start to token ``index``."""
         return (self.ttft_ms + index * self.itl_ms) / 1000

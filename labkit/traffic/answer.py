@@ -171,6 +171,12 @@ class HttpAnswer(Answer):
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
+class StreamAnswer(HttpAnswer):
+    """An answer on one stream of several. ``unseen``: the peer says that it did not process the request."""
+
+    unseen = False
+
+
 def kind_of_status(status: int) -> str:
     if status in (429, 503):
         return "shed"

@@ -20,7 +20,7 @@ from h2.events import (
 )
 from h2.exceptions import ProtocolError
 
-from labkit.traffic.answer import UNREADABLE, HttpAnswer, Record
+from labkit.traffic.answer import UNREADABLE, Record, StreamAnswer
 from labkit.traffic.http2 import (
     DATA,
     HEADER_BYTES,
@@ -34,26 +34,18 @@ from labkit.traffic.http2 import (
     take_frames,
     window_update,
 )
-from labkit.traffic.pool import pool_of
+from labkit.traffic.pool import TRIES, pool_of
 from labkit.traffic.target import Target, tls_context
 
 STREAMS_BEFORE_SETTINGS = 100
 """Streams at once before the peer has said how many it takes; RFC 9113 recommends no limit below this one."""
-TRIES = 3
-"""How often a request is sent that the peer says it did not look at (GOAWAY, or more streams than it takes)."""
-
-
-class Http2Answer(HttpAnswer):
-    """An answer on one stream. ``unseen``: the peer says that it did not process the request."""
-
-    unseen = False
 
 
 @dataclass(eq=False)
 class _Stream:
     headers: list[Header]
     body: bytes
-    answer: Http2Answer
+    answer: StreamAnswer
     number: int = 0
     """0 until it is opened."""
     plain: bool = False
@@ -180,7 +172,7 @@ class Http2Connection(asyncio.Protocol):
             self._outbox.windows_opened()
 
     @staticmethod
-    def _body(answer: Http2Answer, data: bytes, now: float) -> None:
+    def _body(answer: StreamAnswer, data: bytes, now: float) -> None:
         if answer.over.done():
             return
         try:
@@ -189,7 +181,7 @@ class Http2Connection(asyncio.Protocol):
             answer.fail("protocol", str(error) or type(error).__name__, now)
 
     @staticmethod
-    def _read(answer: Http2Answer, event: ResponseReceived | StreamEnded, now: float) -> None:
+    def _read(answer: StreamAnswer, event: ResponseReceived | StreamEnded, now: float) -> None:
         if answer.over.done():
             return
         try:
@@ -285,7 +277,7 @@ class Http2:
     ) -> bool:
         """Whether the peer says that it did not look at the request."""
         loop = asyncio.get_running_loop()
-        stream = _Stream(headers, body, Http2Answer(record, loop))
+        stream = _Stream(headers, body, StreamAnswer(record, loop))
         timer = loop.call_later(
             max(0.0, deadline - time.perf_counter()),
             lambda: stream.answer.fail("timeout", "not ended in time", time.perf_counter()),

@@ -17,31 +17,22 @@ from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionTerminated, StreamReset
 
 from labkit.serving.quic import BROKEN, WINDOW_BYTES, Http3End, ManyStreams, Port, quic_settings, reason
-from labkit.traffic.answer import UNREADABLE, HttpAnswer, Record
+from labkit.traffic.answer import UNREADABLE, Record, StreamAnswer
 from labkit.traffic.http2 import Header
-from labkit.traffic.pool import pool_of
+from labkit.traffic.pool import TRIES, pool_of
 from labkit.traffic.target import Target, tls_context
-
-TRIES = 3
-"""How often a request is sent that the peer says it did not look at."""
-
-
-class Http3Answer(HttpAnswer):
-    """An answer on one stream. ``unseen``: the peer says that it did not process the request."""
-
-    unseen = False
 
 
 @dataclass(eq=False)
 class Stream:
     headers: list[Header]
     body: bytes
-    answer: Http3Answer
+    answer: StreamAnswer
     number: int | None = None
     """None until it is opened."""
 
 
-class _Page(Http3Answer):
+class _Page(StreamAnswer):
     """What a GET asks for."""
 
     @property
@@ -150,7 +141,7 @@ class Http3Connection(Http3End):
         if not self.made.done():
             self.made.set_exception(ConnectionRefusedError())
 
-    def _read(self, answer: Http3Answer, event: HeadersReceived | DataReceived) -> None:
+    def _read(self, answer: StreamAnswer, event: HeadersReceived | DataReceived) -> None:
         if answer.over.done():
             return
         try:
@@ -165,7 +156,7 @@ class Http3Connection(Http3End):
         except UNREADABLE as error:
             answer.fail("protocol", str(error) or type(error).__name__, self.now)
 
-    def _reset(self, answer: Http3Answer, code: int) -> None:
+    def _reset(self, answer: StreamAnswer, code: int) -> None:
         name = next((each.name for each in ErrorCode if each == code), f"error {code:#x}")
         if code in (ErrorCode.H3_REQUEST_REJECTED, ErrorCode.H3_EXCESSIVE_LOAD):
             answer.unseen = code == ErrorCode.H3_REQUEST_REJECTED
@@ -205,7 +196,7 @@ class Http3:
         headers.append((b"x-request-id", str(record.index).encode()))
         for left in reversed(range(TRIES)):
             connection, _ = await self._pool.take(deadline - time.perf_counter())
-            stream = Stream(headers, body, Http3Answer(record, loop))
+            stream = Stream(headers, body, StreamAnswer(record, loop))
             try:
                 await exchange(connection, stream, deadline)
             finally:

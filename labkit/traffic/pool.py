@@ -10,6 +10,8 @@ from typing import Generic, Protocol, TypeVar
 from labkit.traffic.target import Connections
 
 CONNECT_TIMEOUT_S = 10.0
+TRIES = 3
+"""How often a request is sent that the peer says it did not look at (GOAWAY, or more streams than it takes)."""
 
 
 class Carrier(Protocol):

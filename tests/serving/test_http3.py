@@ -19,9 +19,9 @@ from labkit.serving.http3 import listen_http3
 from labkit.serving.options import ServerOptions
 from labkit.serving.tls import Certificate
 from labkit.traffic import client_http3
-from labkit.traffic.answer import Record
+from labkit.traffic.answer import Record, StreamAnswer
 from labkit.traffic.client import Client
-from labkit.traffic.client_http3 import Http3Answer, Http3Connection, Stream, connect, exchange, request_headers
+from labkit.traffic.client_http3 import Http3Connection, Stream, connect, exchange, request_headers
 from labkit.traffic.target import Target
 
 CHAT = "/v1/chat/completions"
@@ -49,7 +49,7 @@ def question(helpers: Any, tokens: int = LONG) -> bytes:
 
 def chat(target: Target, body: bytes, index: int = 0) -> Stream:
     headers = request_headers(target, b"POST", CHAT, (b"content-type", b"application/json"))
-    return Stream(headers, body, Http3Answer(Record(index), asyncio.get_running_loop()))
+    return Stream(headers, body, StreamAnswer(Record(index), asyncio.get_running_loop()))
 
 
 async def until(condition: Callable[[], Any], seconds: float = 5.0) -> None:

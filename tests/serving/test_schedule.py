@@ -96,6 +96,7 @@ def test_a_stream_with_a_hole_is_no_measurement(text: str) -> None:
 
 def test_a_schedule_from_the_command_line() -> None:
     assert Schedule.parse("ttft_ms=5,itl_ms=2.5,tokens=7") == Schedule(5.0, 2.5, 7)
+    assert Schedule.parse(str(Schedule(5.0, 2.5, 7))) == Schedule(5.0, 2.5, 7)
     assert Schedule.parse("tokens=7") == Schedule(tokens=7) and Schedule.parse("") == Schedule()
     for text in ("tokens=0", "ttft_ms=-1", "ttft=5", "tokens", "itl_ms=fast", "itl_ms=nan"):
         with pytest.raises(UserError, match="a schedule is written ttft_ms="):

@@ -49,7 +49,7 @@ def judge_bytes(engine: pd.DataFrame) -> Verdict:
 
 
 def judge_retransmission(table: pd.DataFrame) -> Verdict:
-    """C14, by HTTP/1.1 with a connection a stream, over links of different buffers."""
+    """C14, by HTTP/1.1 with a connection a stream, over links of different rates and buffers."""
     if table.empty:
         return not_testable("C14", NO_NAMESPACES, NAMESPACES)
     share = claim("C14").value or 0.0
@@ -59,14 +59,14 @@ def judge_retransmission(table: pd.DataFrame) -> Verdict:
     most, least = int(used["streams"].max()), int(used["streams"].min())
     fullest = {link: of_runs(part["retransmitted"], "share") for link, part in links(used, most)}
     emptiest = {link: of_runs(part["retransmitted"], "share") for link, part in links(used, least)}
-    starts = knees(used)
+    starts = set(knees(used).values())
     facts = {
         f"more is sent again with {most} streams than with {least}, on every link": all(
             fullest[link].low > emptiest[link].high for link in fullest
         ),
         f"it reaches {share:g} % on a link": any(each.high * 100 >= share for each in fullest.values()),
         f"it reaches {share:g} % on every link": all(each.high * 100 >= share for each in fullest.values()),
-        "it begins at the same number of streams on every link": len(set(starts.values())) == 1,
+        "it begins at the same number of streams on every link": len(starts) == 1 and None not in starts,
     }
     evidence = [Evidence.of(f"sent again, {most} streams, {link}", each) for link, each in fullest.items()]
     return judge_facts("C14", facts, evidence)
@@ -86,7 +86,7 @@ def judge_blocking(table: pd.DataFrame) -> Verdict:
     """C15: gRPC streams on one channel against each on a channel of its own, with the most losses and without any."""
     if table.empty:
         return not_testable("C15", NO_NAMESPACES, NAMESPACES)
-    used, reason = counted(table, ["way", "loss", "congestion"])
+    used, reason = counted(usual(table), ["way", "loss"])
     if reason:
         return Verdict("C15", "no verdict", reason)
     lossy, clean = used["loss"] == used["loss"].max(), used["loss"] == 0
@@ -108,16 +108,18 @@ def judge_blocking(table: pd.DataFrame) -> Verdict:
 
 def judge_multiplexing(streams: pd.DataFrame, losses: pd.DataFrame) -> Verdict:
     """C16: HTTP/2, all streams on one connection, against HTTP/1.1 with a connection each: over a link without losses,
-    over one that is full, over one that loses."""
+    over one that is full (the first that was laid), over one that loses."""
     if streams.empty or losses.empty:
         return not_testable("C16", NO_NAMESPACES, NAMESPACES)
-    full, reason_full = counted(streams[streams["streams"] == streams["streams"].max()], ["way", "buffer_kb"])
-    lossy, reason_lossy = counted(losses, ["way", "loss", "congestion"])
+    full, reason_full = counted(
+        streams[streams["streams"] == streams["streams"].max()], ["way", "rate_mbit", "buffer_kb"]
+    )
+    lossy, reason_lossy = counted(usual(losses), ["way", "loss"])
     if reason := reason_full or reason_lossy:
         return Verdict("C16", "no verdict", reason)
     ways = str(HTTP2), str(HTTP1)
     sooner = _gain(lossy[lossy["loss"] == 0], "way", *ways, "ttft_ms")
-    on_full = _gain(full[full["buffer_kb"] == full["buffer_kb"].min()], "way", *ways, "p95_ms")
+    on_full = _gain(links(full)[0][1], "way", *ways, "p95_ms")
     on_lossy = _gain(lossy[lossy["loss"] == lossy["loss"].max()], "way", *ways, "p95_ms")
     facts = {
         "the first token comes sooner, for there is no connection to open": surely(sooner),
@@ -183,6 +185,11 @@ def counted(table: pd.DataFrame, by: Sequence[str]) -> tuple[pd.DataFrame, str |
     reasons = sorted(set(table.loc[table["invalid"] != "", "invalid"]))
     why = f"; {len(table) - len(used)} do not count, such as: {reasons[0]}" if reasons else ""
     return used, f"Fewer than {LEAST_RUNS} runs of every kind{why}."
+
+
+def usual(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the first congestion control that was measured, which is the usual one."""
+    return table[table["congestion"] == table["congestion"].iloc[0]]
 
 
 def links(table: pd.DataFrame, streams: int | None = None) -> list[tuple[str, pd.DataFrame]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,8 +108,7 @@ def open_site(
             deployment, log = deployments[name], folder / f"{list(deployments).index(name)}.log"
             command = [*serve_command(deployment), "--host", link.address("origin")]
             if name in transports:
-                given = ",".join(f"{name}={value}" for name, value in dataclasses.asdict(plan).items())
-                command += ["--schedule", given]
+                command += ["--schedule", str(plan)]
             running = running_server(deployment, log, command=command, popen=on_origin)
             return stack.enter_context(running)
 

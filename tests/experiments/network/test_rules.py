@@ -58,7 +58,7 @@ def test_where_retransmission_begins_depends_on_the_link_or_not():
     verdict = rules.judge_retransmission(small_only)
     assert verdict.outcome == "partly" and "on every link: no" in verdict.reason
     assert rules.knees(small_only) == {"8 Mbit/s, buffer 16 kB": 200, "8 Mbit/s, buffer 64 kB": None}
-    assert rules.judge_retransmission(streams(lambda v: 0.0)).outcome == "partly"  # at none is at the same number
+    assert rules.judge_retransmission(streams(lambda v: 0.0)).outcome == "refuted"  # at none is at no number
 
 
 def test_blocking_is_what_one_connection_does_to_others_when_packets_are_lost():
@@ -66,6 +66,13 @@ def test_blocking_is_what_one_connection_does_to_others_when_packets_are_lost():
     assert rules.judge_blocking(losses(0.4, 60.0)).outcome == "partly"  # the latest tokens are not later
     nothing = rules.judge_blocking(losses(0.1, 60.0))
     assert "share a channel: no" in nothing.reason and nothing.outcome == "partly"
+
+
+def test_the_usual_congestion_control_is_judged_by_itself():
+    other = losses(held_on_one=0.01, late_on_one=5.0).assign(congestion="bbr")
+    both = pd.concat([losses(0.4, 200.0), other], ignore_index=True)
+    assert rules.judge_blocking(both) == rules.judge_blocking(losses(0.4, 200.0))
+    assert rules.judge_multiplexing(streams(), both).outcome == "partly"
 
 
 def test_multiplexing_is_asked_of_three_links():
