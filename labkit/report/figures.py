@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from labkit.report.tables import digits, quantity
 
 # Okabe and Ito's palette without its yellow: told apart by every kind of colour vision, on white and on dark.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#1a1a1a", "#8c564b")
 GREY = "#7a828c"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right", "traceorder": "normal"}
