@@ -1,45 +1,81 @@
-"""Chat requests over gRPC, with its own Python library: a request is one server-streaming call on a channel."""
+"""Chat requests over gRPC, on our own connections of HTTP/2: what gRPC's Python library takes for a message would be
+taken for the server's. Requests and answers are as gRPC's PROTOCOL-HTTP2.md has them, uncompressed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
+from collections.abc import Iterator
+from enum import IntEnum
+from urllib.parse import unquote
 
-import grpc
+from google.protobuf.message import DecodeError
 
 from labkit.traffic.answer import Answer, Record
-from labkit.traffic.pool import pool_of
-from labkit.traffic.target import Target
+from labkit.traffic.client_http2 import Headers, Http2, Stream
 from labkit.wire.generation_pb2 import GenerateChunk, GenerateRequest, Message
 
 METHOD = "/labkit.v1.Generation/Generate"
 
-OPTIONS = (
-    # Without it all channels to one server share a connection, however many there are.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A server that was gone is tried again as the generator sends, not after gRPC's own growing pauses.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-)
+PREFIX_BYTES = 5
+"""Before each message: a byte that is 1 if it is compressed, and four for its length."""
+MOST_MESSAGE_BYTES = 2**24
+"""Of an answer. A chunk has some tokens; what claims to be larger is garbage, and would be waited for in vain."""
+MOST_TIMEOUT_MS = 10**8 - 1
+"""``grpc-timeout`` has eight digits."""
 
-TURNED_AWAY = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+
+class Status(IntEnum):
+    """The statuses of gRPC, by the numbers that they have in ``grpc-status``."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+    @classmethod
+    def _missing_(cls, value: object) -> Status:
+        return cls.UNKNOWN
+
+
+TURNED_AWAY = (Status.RESOURCE_EXHAUSTED, Status.UNAVAILABLE)
 REQUEST_AT_FAULT = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.ALREADY_EXISTS,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.OUT_OF_RANGE,
-    grpc.StatusCode.UNIMPLEMENTED,
+    Status.INVALID_ARGUMENT,
+    Status.NOT_FOUND,
+    Status.ALREADY_EXISTS,
+    Status.PERMISSION_DENIED,
+    Status.UNAUTHENTICATED,
+    Status.FAILED_PRECONDITION,
+    Status.OUT_OF_RANGE,
+    Status.UNIMPLEMENTED,
 )
-
-BROKEN = ("socket closed", "connection reset", "broken pipe", "goaway", "rst_stream", "stream removed", "recvmsg",
-          "failed to connect", "endpoint closing", "connection attempt timed out", "transport closed")  # fmt: skip
-"""gRPC gives a broken connection a status as if the server had answered; only its words tell the two apart."""
+OF_HTTP = {
+    400: Status.INTERNAL,
+    401: Status.UNAUTHENTICATED,
+    403: Status.PERMISSION_DENIED,
+    404: Status.UNIMPLEMENTED,
+    429: Status.UNAVAILABLE,
+    502: Status.UNAVAILABLE,
+    503: Status.UNAVAILABLE,
+    504: Status.UNAVAILABLE,
+}
+"""What a status of HTTP other than 200 means, from something between that does not speak gRPC
+(http-grpc-status-mapping.md); UNKNOWN where it is not here."""
 
 
 def to_request(body: bytes, request_id: str) -> GenerateRequest:
@@ -56,12 +92,67 @@ def to_request(body: bytes, request_id: str) -> GenerateRequest:
     return request
 
 
+def framed(message: bytes) -> bytes:
+    """A message as it goes into a stream, uncompressed."""
+    return b"\0" + len(message).to_bytes(PREFIX_BYTES - 1, "big") + message
+
+
+def take_messages(buffer: bytearray) -> Iterator[bytes]:
+    """The whole messages at the beginning of ``buffer``, which are taken from it. Raises ValueError for one that is
+    compressed (nothing but identity is offered) or larger than MOST_MESSAGE_BYTES, at once."""
+    start = 0
+    try:
+        while len(buffer) - start >= PREFIX_BYTES:
+            if buffer[start]:
+                raise ValueError(f"a compressed message (flag {buffer[start]}), and no compression was offered")
+            body = start + PREFIX_BYTES
+            length = int.from_bytes(buffer[start + 1 : body], "big")
+            if length > MOST_MESSAGE_BYTES:
+                raise ValueError(f"a message of {length} bytes; at most {MOST_MESSAGE_BYTES} are taken")
+            if len(buffer) < body + length:
+                return
+            start = body + length
+            yield bytes(buffer[body:start])
+    finally:
+        del buffer[:start]
+
+
 class GrpcAnswer(Answer):
-    """An answer from the chunks of a call, each of which says how many tokens it carries."""
+    """An answer from the chunks of a call, each of which says how many tokens it carries. ``head``, ``body`` and
+    ``trailers`` raise ValueError for what is not gRPC. ``unseen``: the peer says that it did not process the request.
+    """
+
+    unseen = False
 
     def __init__(self, record: Record, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(record, loop)
         self._tokens: list[int] = []
+        self._buffer = bytearray()
+        self._code: Status | None = None
+        self._words = ""
+
+    def head(self, headers: Headers, now: float) -> None:
+        self.trailers(headers, now)  # an answer that is nothing but a status has it here
+        status = int(headers[b":status"])
+        if self._code is not None:
+            return
+        if status != 200:
+            self.refused(OF_HTTP.get(status, Status.UNKNOWN), f"HTTP status {status}", now)
+        elif not (kind := headers.get(b"content-type", b"")).startswith(b"application/grpc"):
+            raise ValueError(f"the server does not speak gRPC; it answers with {kind.decode('latin-1')!r}")
+
+    def body(self, data: bytes, now: float) -> None:
+        self._buffer += data
+        try:
+            for message in take_messages(self._buffer):
+                self.chunk(GenerateChunk.FromString(message), now)
+        except DecodeError as error:
+            raise ValueError(f"a message that is no GenerateChunk: {error}") from error
+
+    def trailers(self, headers: Headers, now: float) -> None:
+        if (number := headers.get(b"grpc-status")) is not None:
+            self._code = Status(int(number))
+            self._words = unquote(headers.get(b"grpc-message", b"").decode("utf-8", "replace"))
 
     def chunk(self, chunk: GenerateChunk, now: float) -> None:
         before = len(self.record.chunks)
@@ -75,32 +166,39 @@ class GrpcAnswer(Answer):
             self.record.completion_tokens = chunk.usage.completion_tokens
 
     def complete(self, now: float) -> None:
+        """The server closed the stream; whether the answer is whole, its status and its last chunk tell."""
         finish = self.record.finish_reason
-        if finish == "error":
+        if self._code is None:
+            self.broke("the stream ended without a grpc-status", now)
+        elif self._code is not Status.OK:
+            self.refused(self._code, self._words, now)
+        elif self._buffer:
+            self.fail("truncated", "the stream ended inside a message", now)
+        elif finish == "error":
             self.fail("stream_error", "the server ended the answer with finish_reason 'error'", now)
         elif not finish:
             self.fail("truncated", "the stream ended without a finish_reason", now)
         else:
             self.end(now)
 
-    def refused(self, code: grpc.StatusCode, words: str, now: float) -> None:
+    def refused(self, code: Status, words: str, now: float) -> None:
         """The call ended with a status other than OK."""
         message = f"{code.name}: {words}"
-        begun = bool(self.record.chunks)
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if code is Status.DEADLINE_EXCEEDED:
             self.fail("timeout", message, now)
-        elif "connection refused" in words.lower():
-            self.fail("refused", "connection refused: no server listens there", now)
-        elif "failed parsing http/2" in words.lower():
-            self.fail("protocol", message, now)
-        elif code is grpc.StatusCode.CANCELLED or any(word in words.lower() for word in BROKEN):
-            self.fail("truncated" if begun else "connect", message, now)
-        elif begun:
+        elif code is Status.CANCELLED:
+            self.broke(message, now)
+        elif self.record.chunks:
             self.fail("stream_error", message, now)
         elif code in TURNED_AWAY:
             self.fail("shed", message, now)
         else:
             self.fail("4xx" if code in REQUEST_AT_FAULT else "5xx", message, now)
+
+    def broke(self, why: str, now: float) -> None:
+        """The headers of a call say nothing yet (a server may send them before it looks at the request): an answer
+        begins with its first chunk."""
+        self.fail("truncated" if self.record.chunks else "connect", why, now)
 
     def end(self, now: float) -> None:
         super().end(now)
@@ -108,60 +206,13 @@ class GrpcAnswer(Answer):
         self.record.chunks = [(t, tokens, part) for (t, _, part), tokens in told]
 
 
-class _Channel:
-    """A channel connects by itself, again if need be, and so is always open."""
-
-    open = True
-
-    def __init__(self, target: Target) -> None:
-        self.channel = grpc.aio.insecure_channel(target.authority, options=OPTIONS)
-        self.call = self.channel.unary_stream(
-            METHOD,
-            request_serializer=GenerateRequest.SerializeToString,
-            response_deserializer=GenerateChunk.FromString,
-        )
-        self._closing: asyncio.Task[None] | None = None
-
-    def close(self) -> None:
-        self._closing = asyncio.ensure_future(self.channel.close())
-
-
-class Grpc:
+class Grpc(Http2):
     """The gRPC side of a client."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._metadata = (("authorization", f"Bearer {target.api_key}"),) if target.api_key else ()
-        self._channels: list[_Channel] = []
-        self._pool = pool_of(target.shared_by, self._connect)
-
-    async def chat(self, body: bytes, record: Record, deadline: float) -> None:
-        request = to_request(body, str(record.index))
-        channel, _ = await self._pool.take(deadline - time.perf_counter())
-        answer = GrpcAnswer(record, asyncio.get_running_loop())
-        call = channel.call(request, timeout=max(0.0, deadline - time.perf_counter()), metadata=self._metadata)
-        try:
-            await call.initial_metadata()
-            answer.began(time.perf_counter())
-            while (chunk := await call.read()) is not grpc.aio.EOF:
-                answer.chunk(chunk, time.perf_counter())
-            now = time.perf_counter()
-            code = await call.code()
-            if code is grpc.StatusCode.OK:
-                answer.complete(now)
-            else:
-                answer.refused(code, await call.details(), now)
-        except grpc.aio.AioRpcError as error:
-            answer.refused(error.code(), error.details() or "", time.perf_counter())
-        finally:
-            call.cancel()
-            self._pool.give(channel)
-
-    async def close(self) -> None:
-        self._pool.close()
-        for channel in self._channels:
-            await channel.channel.close()
-
-    async def _connect(self) -> _Channel:
-        self._channels.append(_Channel(self._target))
-        return self._channels[-1]
+    def request(self, body: bytes, record: Record, deadline: float) -> Stream:
+        """The call that asks what ``body`` (JSON, of the OpenAI protocol) asks."""
+        left_ms = math.ceil(max(0.0, deadline - time.perf_counter()) * 1e3)
+        headers = self._headers(METHOD, b"application/grpc")
+        headers += [(b"te", b"trailers"), (b"grpc-timeout", b"%dm" % min(left_ms, MOST_TIMEOUT_MS))]
+        message = to_request(body, str(record.index)).SerializeToString()
+        return Stream(headers, framed(message), GrpcAnswer(record, asyncio.get_running_loop()))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from h2.errors import ErrorCodes
 from h2.events import (
@@ -16,6 +18,7 @@ from h2.events import (
     ResponseReceived,
     StreamEnded,
     StreamReset,
+    TrailersReceived,
     WindowUpdated,
 )
 from h2.exceptions import ProtocolError
@@ -41,11 +44,44 @@ STREAMS_BEFORE_SETTINGS = 100
 """Streams at once before the peer has said how many it takes; RFC 9113 recommends no limit below this one."""
 
 
+Headers = dict[bytes, bytes]
+
+
+class Listener(Protocol):
+    """Who reads the answer on one stream: an ``Answer`` of any kind. ``head``, ``body``, ``trailers`` and ``complete``
+    may raise UNREADABLE for what is not as it should be, and are not called once the answer is ``over``."""
+
+    record: Record
+    over: asyncio.Future[None]
+    unseen: bool
+    """The peer says that it did not process the request."""
+
+    def began(self, now: float) -> None: ...
+    def head(self, headers: Headers, now: float) -> None: ...
+    def body(self, data: bytes, now: float) -> None: ...
+    def trailers(self, headers: Headers, now: float) -> None: ...
+    def complete(self, now: float) -> None:
+        """The peer closed the stream in the way that the protocol wants."""
+
+    def broke(self, why: str, now: float) -> None: ...
+    def fail(self, kind: str, message: str, now: float) -> None: ...
+
+
+class Http2Answer(StreamAnswer):
+    """An answer of the OpenAI protocol on a stream of HTTP/2."""
+
+    def head(self, headers: Headers, now: float) -> None:
+        self.started(int(headers[b":status"]), headers.get(b"content-type", b"").decode("latin-1"))
+
+    def trailers(self, headers: Headers, now: float) -> None:
+        """The protocol has none."""
+
+
 @dataclass(eq=False)
-class _Stream:
+class Stream:
     headers: list[Header]
     body: bytes
-    answer: StreamAnswer
+    answer: Listener
     number: int = 0
     """0 until it is opened."""
     plain: bool = False
@@ -60,8 +96,8 @@ class Http2Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.open = False
         self.transport: asyncio.Transport | None = None
-        self._streams: dict[int, _Stream] = {}
-        self._waiting: deque[_Stream] = deque()
+        self._streams: dict[int, Stream] = {}
+        self._waiting: deque[Stream] = deque()
         self._most = STREAMS_BEFORE_SETTINGS
         self._h2 = open_connection(client=True, ENABLE_PUSH=0)
         self._buffer, self._first = bytearray(), b""
@@ -70,13 +106,13 @@ class Http2Connection(asyncio.Protocol):
         self.wrong = ""
         self._inbox, self._outbox = Inbox(self._h2), Outbox(self._h2)
 
-    def send(self, stream: _Stream) -> None:
+    def send(self, stream: Stream) -> None:
         """Sends a request now, or when the peer takes another stream."""
         self._waiting.append(stream)
         self._admit()
         self._flush()
 
-    def cancel(self, stream: _Stream) -> None:
+    def cancel(self, stream: Stream) -> None:
         """Nobody waits for this one any more; the others go on."""
         if stream in self._waiting:
             self._waiting.remove(stream)
@@ -128,7 +164,7 @@ class Http2Connection(asyncio.Protocol):
         stream = self._streams.get(frame.stream)
         if frame.kind == DATA and not frame.flags and stream is not None and stream.plain:
             self._pass(len(frame.whole) - HEADER_BYTES)
-            self._body(stream.answer, frame.whole[HEADER_BYTES:], now)
+            self._tell(stream, stream.answer.body, now, frame.whole[HEADER_BYTES:])
             return
         for event in self._h2.receive_data(frame.whole):
             self._happened(event, now)
@@ -151,15 +187,19 @@ class Http2Connection(asyncio.Protocol):
             assert event.flow_controlled_length is not None
             self._inbox.took(event.flow_controlled_length)
             if stream := self._streams.get(event.stream_id):
-                self._body(stream.answer, event.data or b"", now)
+                self._tell(stream, stream.answer.body, now, event.data or b"")
         elif isinstance(event, ResponseReceived):
             if stream := self._streams.get(event.stream_id):
+                headers = dict(event.headers)
                 stream.answer.began(now)
-                stream.plain = b"content-length" not in dict(event.headers)
-                self._read(stream.answer, event, now)
+                stream.plain = b"content-length" not in headers
+                self._tell(stream, stream.answer.head, now, headers)
+        elif isinstance(event, TrailersReceived):
+            if stream := self._streams.get(event.stream_id):
+                self._tell(stream, stream.answer.trailers, now, dict(event.headers))
         elif isinstance(event, StreamEnded):
             if stream := self._gone(event.stream_id):
-                self._read(stream.answer, event, now)
+                self._tell(stream, stream.answer.complete, now)
         elif isinstance(event, StreamReset):
             if stream := self._gone(event.stream_id):
                 self._reset(stream, event.error_code, now)
@@ -172,29 +212,16 @@ class Http2Connection(asyncio.Protocol):
             self._outbox.windows_opened()
 
     @staticmethod
-    def _body(answer: StreamAnswer, data: bytes, now: float) -> None:
-        if answer.over.done():
+    def _tell(stream: Stream, hear: Callable[..., None], now: float, *what: Headers | bytes) -> None:
+        if stream.answer.over.done():
             return
         try:
-            answer.body(data, now)
+            hear(*what, now)
         except UNREADABLE as error:
-            answer.fail("protocol", str(error) or type(error).__name__, now)
+            stream.answer.fail("protocol", str(error) or type(error).__name__, now)
 
     @staticmethod
-    def _read(answer: StreamAnswer, event: ResponseReceived | StreamEnded, now: float) -> None:
-        if answer.over.done():
-            return
-        try:
-            if isinstance(event, ResponseReceived):
-                headers = dict(event.headers)
-                answer.started(int(headers[b":status"]), headers.get(b"content-type", b"").decode("latin-1"))
-            else:
-                answer.complete(now)
-        except UNREADABLE as error:
-            answer.fail("protocol", str(error) or type(error).__name__, now)
-
-    @staticmethod
-    def _reset(stream: _Stream, code: ErrorCodes | int | None, now: float) -> None:
+    def _reset(stream: Stream, code: ErrorCodes | int | None, now: float) -> None:
         answer = stream.answer
         name = code.name if isinstance(code, ErrorCodes) else f"error {code}"
         if code in (ErrorCodes.REFUSED_STREAM, ErrorCodes.ENHANCE_YOUR_CALM):
@@ -225,12 +252,12 @@ class Http2Connection(asyncio.Protocol):
             self._h2.send_headers(stream.number, stream.headers)
             self._outbox.put(stream.number, stream.body, end=True)
 
-    def _gone(self, number: int | None) -> _Stream | None:
+    def _gone(self, number: int | None) -> Stream | None:
         assert number is not None
         self._outbox.forget(number)
         return self._streams.pop(number, None)
 
-    def _forgotten(self) -> list[_Stream]:
+    def _forgotten(self) -> list[Stream]:
         streams = [*self._streams.values(), *self._waiting]
         self._streams.clear()
         self._waiting.clear()
@@ -243,7 +270,7 @@ class Http2Connection(asyncio.Protocol):
 
 
 class Http2:
-    """The HTTP/2 side of a client."""
+    """The HTTP/2 side of a client; what is asked over it, and how the answer reads, a subclass may have otherwise."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -251,16 +278,38 @@ class Http2:
         self._pool = pool_of(target.shared_by, self._connect)
 
     async def chat(self, body: bytes, record: Record, deadline: float) -> None:
-        headers = self._headers(body, str(record.index))
         for left in reversed(range(TRIES)):
             connection, _ = await self._pool.take(deadline - time.perf_counter())
-            unseen = await self._exchange(connection, headers, body, record, deadline)
-            if not (unseen and left):
+            stream = self.request(body, record, deadline)
+            await self._exchange(connection, stream, deadline)
+            if not (stream.answer.unseen and left):
                 return
             record.unsend()
 
     async def close(self) -> None:
         self._pool.close()
+
+    def request(self, body: bytes, record: Record, deadline: float) -> Stream:
+        """The stream that asks what ``body`` (JSON, of the OpenAI protocol) asks."""
+        headers = self._headers(f"{self._target.base}/v1/chat/completions", b"application/json")
+        headers += [
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", str(record.index).encode()),
+        ]
+        return Stream(headers, body, Http2Answer(record, asyncio.get_running_loop()))
+
+    def _headers(self, path: str, content_type: bytes) -> list[Header]:
+        target = self._target
+        headers = [
+            (b":method", b"POST"),
+            (b":scheme", b"https" if target.tls else b"http"),
+            (b":authority", target.authority.encode()),
+            (b":path", path.encode()),
+            (b"content-type", content_type),
+        ]
+        if target.api_key:
+            headers.append((b"authorization", f"Bearer {target.api_key}".encode()))
+        return headers
 
     async def _connect(self) -> Http2Connection:
         loop = asyncio.get_running_loop()
@@ -272,44 +321,23 @@ class Http2:
             raise ConnectionError("the server does not speak HTTP/2 (ALPN)")
         return connection
 
-    async def _exchange(
-        self, connection: Http2Connection, headers: list[Header], body: bytes, record: Record, deadline: float
-    ) -> bool:
-        """Whether the peer says that it did not look at the request."""
-        loop = asyncio.get_running_loop()
-        stream = _Stream(headers, body, StreamAnswer(record, loop))
-        timer = loop.call_later(
+    async def _exchange(self, connection: Http2Connection, stream: Stream, deadline: float) -> None:
+        """Sends the request and waits until its answer is over."""
+        answer = stream.answer
+        timer = asyncio.get_running_loop().call_later(
             max(0.0, deadline - time.perf_counter()),
-            lambda: stream.answer.fail("timeout", "not ended in time", time.perf_counter()),
+            lambda: answer.fail("timeout", "not ended in time", time.perf_counter()),
         )
         try:
             if connection.open:
                 connection.send(stream)
             elif connection.wrong:
-                stream.answer.fail("protocol", connection.wrong, time.perf_counter())
+                answer.fail("protocol", connection.wrong, time.perf_counter())
             else:  # it was closed since it was taken
-                stream.answer.unseen = True
-                stream.answer.fail(
-                    "connect", "the connection was closed before the request went out", time.perf_counter()
-                )
-            await stream.answer.over
+                answer.unseen = True
+                answer.fail("connect", "the connection was closed before the request went out", time.perf_counter())
+            await answer.over
         finally:
             timer.cancel()
             connection.cancel(stream)
             self._pool.give(connection)
-        return stream.answer.unseen
-
-    def _headers(self, body: bytes, request_id: str) -> list[Header]:
-        target = self._target
-        headers = [
-            (b":method", b"POST"),
-            (b":scheme", b"https" if target.tls else b"http"),
-            (b":authority", target.authority.encode()),
-            (b":path", f"{target.base}/v1/chat/completions".encode()),
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", request_id.encode()),
-        ]
-        if target.api_key:
-            headers.append((b"authorization", f"Bearer {target.api_key}".encode()))
-        return headers

@@ -3,17 +3,14 @@ from __future__ import annotations
 import asyncio
 import socket
 
-import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from labkit.traffic.answer import Record, tokens_by_chunk
 from labkit.traffic.client import Client
-from labkit.traffic.client_grpc import GrpcAnswer
 from labkit.traffic.golden import Script
 from labkit.traffic.target import TRANSPORTS, Target
-from labkit.wire.generation_pb2 import GenerateChunk
 
 BODY = b'{"model": "golden", "stream": true, "messages": [{"role": "user", "content": "?"}]}'
 PLAIN = b'{"model": "golden", "messages": []}'
@@ -67,8 +64,6 @@ KINDS = {
         (transport, fault, kind)
         for transport in ("http/1.1", "http/2", "http/3", "grpc")
         for fault, kind in KINDS.items()
-        # gRPC's library sometimes waits for a write of its own before it tells of garbage, and that takes its time.
-        if (transport, fault) != ("grpc", "garbage")
     ],
 )
 def test_every_failure_is_named_and_the_next_request_works(asked, transport, fault, kind):
@@ -138,28 +133,6 @@ def test_nobody_listens(on_loop, scheme, transport):
         unused.bind(("127.0.0.1", 0))  # a TCP port that does not listen, and a UDP port that is not there
         record = on_loop(ask(f"{scheme}://127.0.0.1:{unused.getsockname()[1]}"))
     assert record.failure == "refused" and record.sent is not None
-
-
-@pytest.mark.parametrize(
-    ("code", "words", "kind", "after"),
-    [
-        (grpc.StatusCode.UNKNOWN, "Stream removed (Failed parsing HTTP/2 (Frame size …))", "protocol", "protocol"),
-        (grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses", "connect", "truncated"),
-        (grpc.StatusCode.UNAVAILABLE, "the model is loading", "shed", "stream_error"),
-        (grpc.StatusCode.INTERNAL, "CUDA error", "5xx", "stream_error"),
-        (grpc.StatusCode.NOT_FOUND, "no such model", "4xx", "stream_error"),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", "timeout", "timeout"),
-    ],
-)
-def test_a_status_of_grpc_is_a_kind_of_failure(on_loop, code, words, kind, after):
-    async def told(begun):
-        answer = GrpcAnswer(Record(0), asyncio.get_running_loop())
-        if begun:
-            answer.chunk(GenerateChunk(text="a", tokens=1), 1.0)
-        answer.refused(code, words, 2.0)
-        return answer.record
-
-    assert (on_loop(told(False)).failure, on_loop(told(True)).failure) == (kind, after)
 
 
 def test_an_answer_that_is_not_streamed_is_one_chunk(asked):
