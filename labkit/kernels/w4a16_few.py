@@ -25,25 +25,58 @@ class Few:
     warps: int
     depth: int
     stages: int = 1
+    splits: int = 1
 
 
 def few_triton(x: Tensor, packed: Packed, bias: Tensor | None = None, silu: bool = False) -> Tensor:
     """The product of up to 16 contiguous rows; with ``silu``, silu(first half of the outputs) * the rest."""
     outputs = packed.outputs // 2 if silu else packed.outputs
-    return launch(x, packed, bias, silu, tuning(len(x), outputs, packed.inputs, silu))
+    return launch(x, packed, bias, silu, tuning(len(x), outputs, packed.inputs, silu))[0]
 
 
-def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few) -> Tensor:
+def normed_few_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    packed: Packed,
+    bias: Tensor | None = None,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``few_triton`` of the RMSNorm of the sum of x and residual, one row each; returns (product, sum).
+
+    Each program takes the norm again, which is cheaper than a launch for it: its weight goes to x, and its scale, which
+    is known once all of x went by, to the product.
+    """
+    outputs = packed.outputs // 2 if silu else packed.outputs
+    return launch(x, packed, bias, silu, tuning(1, outputs, packed.inputs, silu), (residual, norm, eps))
+
+
+def launch(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    silu: bool,
+    cut: Few,
+    normed: tuple[Tensor | None, Tensor, float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The product and what was multiplied: x, or its sum with the residual of ``normed`` (residual, weight, eps)."""
     rows, inputs = x.shape
+    residual, norm, eps = normed or (None, None, 0.0)
+    total = x if residual is None else torch.empty_like(x)
     outputs = packed.outputs // 2 if silu else packed.outputs
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    each = cut.tiles // 2 if silu else cut.tiles
-    _few[(triton.cdiv(outputs, each * 16),)](
-        x, packed.words, packed.scales, bias, out, rows, outputs, INPUTS=inputs, BLOCKS=packed.words.shape[1],
+    programs = triton.cdiv(outputs, (cut.tiles // 2 if silu else cut.tiles) * 16)
+    # the parts of each program's sums: [program, split, output, row]
+    sums = (programs, cut.splits, cut.tiles * 16, 8 if rows <= 8 else 16)
+    parts = None if cut.splits == 1 else torch.empty(sums, dtype=torch.float32, device=x.device)
+    _few[(programs * cut.splits,)](
+        x, residual, norm, packed.words, packed.scales, bias, out, total, parts, packed.arrivals, rows, outputs, eps,
+        INPUTS=inputs, BLOCKS=packed.words.shape[1], NORM=norm is not None, RESIDUAL=residual is not None,
         BIAS=bias is not None, SILU=silu, ROWS=padded(rows), TILES=cut.tiles, WARPS=cut.warps, DEPTH=cut.depth,
-        STAGES=cut.stages, ASSEMBLY=not INTERPRETED, num_warps=cut.warps,
+        STAGES=cut.stages, SPLITS=cut.splits, ASSEMBLY=not INTERPRETED, num_warps=cut.warps,
     )  # fmt: skip
-    return out
+    return out, total
 
 
 def padded(rows: int) -> int:
@@ -123,14 +156,22 @@ def _load_scales(at, pitch, half, known, TILES: tl.constexpr):  # type: ignore[n
 @triton.jit
 def _few(  # type: ignore[no-untyped-def]
     x_ptr,
+    residual_ptr,
+    norm_ptr,
     words_ptr,
     scales_ptr,
     bias_ptr,
     out_ptr,
+    total_ptr,
+    parts_ptr,
+    arrivals_ptr,
     rows,
     outputs,
+    eps,
     INPUTS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
@@ -138,19 +179,29 @@ def _few(  # type: ignore[no-untyped-def]
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """TILES tiles of outputs; each warp multiplies every WARPS-th tile of inputs.
+    """TILES tiles of outputs, and of the inputs one of SPLITS parts; each warp multiplies every WARPS-th tile of them.
 
     ROWS: 1, 8 or 16. DEPTH: how many tiles ahead a warp loads into registers; 0: STAGES of them into shared memory.
+    NORM wants one row and all of its inputs. The last to arrive of the programs with the same outputs adds the parts,
+    always in the same order.
     """
+    tl.static_assert(not NORM or (ROWS == 1 and SPLITS == 1))
+    PART: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    WHOLE: tl.constexpr = PART % WARPS == 0 and BLOCKS % SPLITS == 0 and INPUTS % 128 == 0
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = 8 if ROWS == 1 else ROWS
     HIGH: tl.constexpr = COLUMNS // 8
     # With a gate the second half of the tiles are those of up, ``outputs`` further on.
     GATED: tl.constexpr = 2 if SILU else 1
     EACH: tl.constexpr = TILES // GATED
-    first_tile = tl.program_id(0) * EACH
+    program = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    first_tile = program * EACH
+    first_block = split * PART
+    end = tl.minimum(first_block + PART, BLOCKS)
     half = (outputs // 16 if SILU else TILES // 2) * (BLOCKS * 16)
     # words: [row / 8, tile, warp, row % 8, word]
     part = tl.arange(0, TILES)
@@ -164,27 +215,32 @@ def _few(  # type: ignore[no-untyped-def]
     x_row = tl.arange(0, HIGH)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
     x_row = tl.minimum(x_row, rows - 1)
     x_input = tl.arange(0, WARPS)[None, :, None, None] * 128 + tl.arange(0, 32)[None, None, None, :]
-    x_at = x_ptr + x_row * INPUTS + x_input
+    x_offset = x_row * INPUTS + x_input
     # scales: [warp, output]
     warp = tl.arange(0, WARPS)[:, None]
-    scales_at = scales_ptr + (first_tile.to(tl.int64) * BLOCKS + warp) * 16 + tl.arange(0, 16)[None, :]
+    scales_at = scales_ptr + (first_tile.to(tl.int64) * BLOCKS + first_block + warp) * 16 + tl.arange(0, 16)[None, :]
+    words_at += first_block * 256
+    x_offset += first_block * 128
+    blocks = end - first_block
 
     total = tl.zeros([WARPS, TILES * 16, COLUMNS], tl.float32)
+    squares = tl.zeros([HIGH, WARPS, 8, 32], tl.float32)
+    first_copy = (x_row == 0) & (tl.arange(0, 8)[None, None, :, None] == 0) & (tl.program_id(0) == 0)
     if DEPTH >= 1:
-        w0 = _load_words(words_at, block, 0, BLOCKS, WARPS)
-        s0 = _load_scales(scales_at, BLOCKS * 16, half, warp < BLOCKS, TILES)
+        w0 = _load_words(words_at, block, 0, blocks, WARPS)
+        s0 = _load_scales(scales_at, BLOCKS * 16, half, warp < blocks, TILES)
     if DEPTH >= 2:
-        w1 = _load_words(words_at, block, WARPS, BLOCKS, WARPS)
-        s1 = _load_scales(scales_at + WARPS * 16, BLOCKS * 16, half, warp + WARPS < BLOCKS, TILES)
+        w1 = _load_words(words_at, block, WARPS, blocks, WARPS)
+        s1 = _load_scales(scales_at + WARPS * 16, BLOCKS * 16, half, warp + WARPS < blocks, TILES)
     if DEPTH >= 3:
-        w2 = _load_words(words_at, block, 2 * WARPS, BLOCKS, WARPS)
-        s2 = _load_scales(scales_at + 2 * WARPS * 16, BLOCKS * 16, half, warp + 2 * WARPS < BLOCKS, TILES)
-        w3 = _load_words(words_at, block, 3 * WARPS, BLOCKS, WARPS)
-        s3 = _load_scales(scales_at + 3 * WARPS * 16, BLOCKS * 16, half, warp + 3 * WARPS < BLOCKS, TILES)
-    for step in tl.range(0, BLOCKS, WARPS, num_stages=STAGES):
+        w2 = _load_words(words_at, block, 2 * WARPS, blocks, WARPS)
+        s2 = _load_scales(scales_at + 2 * WARPS * 16, BLOCKS * 16, half, warp + 2 * WARPS < blocks, TILES)
+        w3 = _load_words(words_at, block, 3 * WARPS, blocks, WARPS)
+        s3 = _load_scales(scales_at + 3 * WARPS * 16, BLOCKS * 16, half, warp + 3 * WARPS < blocks, TILES)
+    for step in tl.range(0, PART, WARPS, num_stages=STAGES):
         ahead = step + DEPTH * WARPS
-        next_words = _load_words(words_at, block, ahead, BLOCKS, WARPS)
-        next_scales = _load_scales(scales_at + ahead * 16, BLOCKS * 16, half, warp + ahead < BLOCKS, TILES)
+        next_words = _load_words(words_at, block, ahead, blocks, WARPS)
+        next_scales = _load_scales(scales_at + ahead * 16, BLOCKS * 16, half, warp + ahead < blocks, TILES)
         if DEPTH == 0:
             w0 = next_words
             s0 = next_scales
@@ -195,14 +251,21 @@ def _few(  # type: ignore[no-untyped-def]
             # The order of the inputs in which no number has to move: [word / 2, chunk, word % 2, half].
             numbers = tl.reshape(numbers, (2, TILES, WARPS, 8, 4, 2, 4))
             a = tl.permute(numbers, (2, 1, 0, 3, 5, 4, 6)).reshape(WARPS, TILES * 16, 32)
-            at = x_at + step * 128
+            at = x_offset + step * 128
             if i > 0:
                 at += 32 * i
             at = tl.max_contiguous(at, (1, 4, 8, 32))
-            if INPUTS % (WARPS * 128) == 0:
-                x = tl.load(at)
-            else:
-                x = tl.load(at, mask=step * 128 + 32 * i + x_input < INPUTS, other=0.0)
+            x_known = first_block * 128 + step * 128 + 32 * i + x_input < INPUTS
+            x = _load_part(x_ptr, at, x_known, WHOLE)
+            if RESIDUAL:
+                before = _load_part(residual_ptr, at, x_known, WHOLE)
+                x = (x.to(tl.float32) + before.to(tl.float32)).to(dtype)
+                tl.store(total_ptr + at, x, mask=x_known & first_copy)
+            if NORM:
+                wide = x.to(tl.float32)
+                squares += wide * wide
+                weight = _load_part(norm_ptr, at, x_known, WHOLE)
+                x = (wide * weight.to(tl.float32)).to(dtype)
             x = tl.reshape(x, (HIGH, WARPS, 8, 4, 2, 4))
             b = tl.permute(x, (1, 4, 3, 5, 0, 2)).reshape(WARPS, 32, COLUMNS)
             sums = tl.dot(a, b, sums)
@@ -225,6 +288,40 @@ def _few(  # type: ignore[no-untyped-def]
             w3 = next_words
             s3 = next_scales
     result = tl.sum(total, axis=0)
+    if NORM:
+        # all 8 rows of the one are copies of it
+        result *= tl.rsqrt(tl.sum(squares) / (8 * INPUTS) + eps)
+    if SPLITS == 1:
+        _store(result, out_ptr, bias_ptr, first_tile, rows, outputs, EACH, COLUMNS, BIAS, SILU, dtype)
+    else:
+        part_at = tl.arange(0, TILES * 16)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        part_at += program * (SPLITS * TILES * 16 * COLUMNS)
+        needed = tl.arange(0, COLUMNS)[None, :] < rows
+        tl.store(parts_ptr + split * (TILES * 16 * COLUMNS) + part_at, result, mask=needed)
+        tl.debug_barrier()  # all threads' parts are there before one of them says so
+        if tl.atomic_add(arrivals_ptr + program, 1) == SPLITS - 1:
+            result = tl.zeros([TILES * 16, COLUMNS], tl.float32)
+            for i in tl.static_range(SPLITS):
+                at = parts_ptr + i * (TILES * 16 * COLUMNS) + part_at
+                result += tl.load(at, mask=needed, other=0.0, cache_modifier=".cg")
+            _store(result, out_ptr, bias_ptr, first_tile, rows, outputs, EACH, COLUMNS, BIAS, SILU, dtype)
+            tl.store(arrivals_ptr + program, 0)
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    result,
+    out_ptr,
+    bias_ptr,
+    first_tile,
+    rows,
+    outputs,
+    EACH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+    dtype: tl.constexpr,
+):
     output = first_tile * 16 + tl.arange(0, EACH * 16)
     if SILU:
         gate, up = tl.permute(result.reshape(2, EACH * 16, COLUMNS), (1, 2, 0)).split()
@@ -238,20 +335,37 @@ def _few(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_words(at, block, step, BLOCKS: tl.constexpr, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_part(at_ptr, at, known, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    if WHOLE:
+        return tl.load(at_ptr + at)
+    else:
+        return tl.load(at_ptr + at, mask=known, other=0.0)
+
+
+@triton.jit
+def _load_words(at, block, step, blocks, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
     # Lanes are to lie along words and rows, warps along blocks: the order of these figures, true or not, says so.
     at = tl.max_contiguous(at + step * 256, (1, 1, 4, 8, 16))
-    return tl.load(at, mask=step + block < BLOCKS, other=0)
+    return tl.load(at, mask=step + block < blocks, other=0)
 
 
-def _case(rows: int, outputs: int, inputs: int, silu: bool = False) -> CompileCase:
+def _case(rows: int, outputs: int, inputs: int, silu: bool = False, norm: bool = False) -> CompileCase:
     cut = tuning(rows, outputs, inputs, silu)
     types = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*fp16", "out_ptr": "*bf16", "outputs": "i32:16"}
-    types |= {} if rows == 1 else {"rows": "i32"}
-    constants: dict[str, Any] = {"INPUTS": inputs, "BLOCKS": inputs // 128, "BIAS": False, "SILU": silu}
-    constants |= {"ROWS": padded(rows), "TILES": cut.tiles, "WARPS": cut.warps, "DEPTH": cut.depth}
-    constants |= {"STAGES": cut.stages, "ASSEMBLY": True, "bias_ptr": None} | ({"rows": 1} if rows == 1 else {})
-    name = f"w4a16 {rows} rows {inputs} -> {outputs}{' silu' if silu else ''}"
+    types |= {"total_ptr": "*bf16", "eps": "fp32", "arrivals_ptr": "*i32"}
+    constants: dict[str, Any] = {"NORM": norm, "RESIDUAL": norm, "INPUTS": inputs, "BLOCKS": inputs // 128}
+    constants |= {"BIAS": False, "SILU": silu, "ROWS": padded(rows), "TILES": cut.tiles, "WARPS": cut.warps}
+    constants |= {"DEPTH": cut.depth, "STAGES": cut.stages, "SPLITS": cut.splits, "ASSEMBLY": True}
+    for name, kind, there in [
+        ("residual_ptr", "*bf16", norm), ("norm_ptr", "*bf16", norm), ("parts_ptr", "*fp32", cut.splits > 1),
+        ("rows", "i32", rows > 1),
+    ]:  # fmt: skip
+        if there:
+            types[name] = kind
+        else:
+            constants[name] = 1 if name == "rows" else None
+    constants["bias_ptr"] = None
+    name = f"w4a16 {rows} rows {inputs} -> {outputs}{' norm' if norm else ''}{' silu' if silu else ''}"
     return CompileCase(name, _few, types, constants, num_warps=cut.warps)
 
 
@@ -261,6 +375,8 @@ COMPILE_CASES = [
     _case(1, 17920 // 2, 1536, silu=True),
     _case(1, 1536, 8960),
     _case(1, 37888 // 2, 3584, silu=True),
+    _case(1, 37888 // 2, 3584, silu=True, norm=True),
+    _case(1, 4608, 3584, norm=True),
     _case(1, 3584, 18944),
     _case(8, 8192, 8192),
     _case(16, 8192, 8192),

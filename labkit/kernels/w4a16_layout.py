@@ -37,10 +37,13 @@ class Packed:
     inputs: int
     group: int
     """32, 64 or 128: larger groups are kept as several of 128."""
+    arrivals: Tensor
+    """int32 [tiles of outputs], zeros before and after each product: how many programs have summed their inputs."""
 
     def to(self, device: torch.device | str) -> Packed:
         zeros = None if self.zeros is None else self.zeros.to(device)
-        return replace(self, words=self.words.to(device), scales=self.scales.to(device), zeros=zeros)
+        words, scales, arrivals = (each.to(device) for each in (self.words, self.scales, self.arrivals))
+        return replace(self, words=words, scales=scales, zeros=zeros, arrivals=arrivals)
 
 
 def pack(qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int) -> Packed:
@@ -74,6 +77,7 @@ def pack_levels(levels: Tensor, scales: Tensor, zeros: Tensor | None, group_size
         outputs=outputs,
         inputs=inputs,
         group=group,
+        arrivals=_no_arrivals(rows, levels.device),
     )
 
 
@@ -84,7 +88,7 @@ def join(parts: Sequence[Packed]) -> Packed:
     first, outputs = parts[0], sum(part.outputs for part in parts)
     if all(part.outputs % OUTPUTS == 0 and part.zeros is None for part in parts):
         words, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("words", "scales"))
-        return Packed(words, scales, None, outputs, first.inputs, first.group)
+        return Packed(words, scales, None, outputs, first.inputs, first.group, _no_arrivals(len(words), words.device))
     levels = torch.cat([unpack_levels(part) for part in parts])
     scales, zeros = (torch.cat([_by_group(part, name) for part in parts], dim=1) for name in ("scales", "zeros"))
     return pack_levels(levels, scales, None if bool((zeros == ZERO).all()) else zeros, first.group)
@@ -127,6 +131,10 @@ def _checkpoint_zeros(qzeros: Tensor, bits: int, outputs: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, device=qzeros.device, dtype=torch.int32)
     stored = (qzeros[:, :, None] >> shifts) & (2**bits - 1)
     return (stored.flatten(1) + 1)[:, :outputs]
+
+
+def _no_arrivals(rows: int, device: torch.device) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def _words(levels: Tensor) -> Tensor:

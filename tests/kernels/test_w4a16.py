@@ -17,7 +17,7 @@ from labkit.kernels.w4a16 import (
     w4a16_linear_reference,
     w4a16_silu_mul,
 )
-from labkit.kernels.w4a16_few import Few
+from labkit.kernels.w4a16_few import Few, normed_few_triton
 from labkit.kernels.w4a16_many import Many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,6 +111,8 @@ FEW = [
     (9, 32, 640, Few(2, 4, 0, 3)),
     (16, 64, 640, Few(4, 4, 1)),
     (2, 64, 200, Few(1, 4, 1)),
+    (1, 48, 640, Few(1, 2, 2, splits=2)),
+    (16, 64, 1152, Few(4, 2, 1, splits=4)),
 ]
 
 
@@ -120,7 +122,7 @@ def test_few_rows(rows: int, outputs: int, inputs: int, cut: Few, dtype: torch.d
     group_size = 128 if inputs % 128 == 0 else -1
     *tensors, weight = checkpoint(inputs, outputs, group_size)
     packed, x, bias = pack(*tensors, 4, group_size), rows_of(rows, inputs, dtype), rows_of(1, outputs, dtype)[0]
-    close(w4a16_few.launch(x, packed, bias, False, cut), x, weight, bias)
+    close(w4a16_few.launch(x, packed, bias, False, cut)[0], x, weight, bias)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 20])
@@ -135,24 +137,45 @@ def test_the_op_with_a_gate(rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows, outputs, inputs, cut", [(1, 64, 640, Few(2, 2, 1)), (9, 128, 384, Few(4, 2, 1))], ids=str
+    "rows, outputs, inputs, cut",
+    [(1, 64, 640, Few(2, 2, 1)), (9, 128, 384, Few(4, 2, 1)), (1, 32, 640, Few(2, 2, 1, splits=3))],
+    ids=str,
 )
 def test_a_gate_after_few_rows(rows: int, outputs: int, inputs: int, cut: Few) -> None:
     *tensors, weight = checkpoint(inputs, outputs, 128)
     x = rows_of(rows, inputs, torch.float16)
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
     right = torch.nn.functional.silu(gate) * up
-    found = w4a16_few.launch(x, pack(*tensors, 4, 128), None, True, cut).double()
+    found = w4a16_few.launch(x, pack(*tensors, 4, 128), None, True, cut)[0].double()
     assert (found - right).norm() <= 3e-3 * right.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "outputs, inputs, silu, alone", [(32, 640, False, False), (64, 384, True, False), (48, 384, False, True)]
+)
+def test_the_norm_before_a_row(outputs: int, inputs: int, silu: bool, alone: bool, dtype: torch.dtype) -> None:
+    *tensors, weight = checkpoint(inputs, outputs, 128)
+    packed, x, residual = pack(*tensors, 4, 128), rows_of(1, inputs, dtype), rows_of(1, inputs, dtype) * 3
+    norm = 1 + 0.3 * rows_of(1, inputs, dtype)[0]
+    found, total = normed_few_triton(x, None if alone else residual, norm, 1e-6, packed, None, silu)
+    summed = x if alone else x + residual
+    assert torch.equal(total, summed)
+    wide = summed.double()
+    right = wide * torch.rsqrt(wide.square().mean() + 1e-6) * norm.double() @ weight.double().T
+    if silu:
+        gate, up = right.chunk(2, dim=1)
+        right = torch.nn.functional.silu(gate) * up
+    assert (found.double() - right).norm() <= 3 * TOLERANCE[dtype] * right.norm()
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     *tensors, _ = checkpoint(384, 32, 128)
     packed, x = pack(*tensors, 4, 128), rows_of(12, 384, torch.float16)
     cut = Few(2, 4, 1)
-    whole = w4a16_few.launch(x, packed, None, False, cut)
+    whole = w4a16_few.launch(x, packed, None, False, cut)[0]
     other = torch.cat([rows_of(4, 384, torch.float16) * 3, x[4:]])
-    assert torch.equal(w4a16_few.launch(other, packed, None, False, cut)[4:], whole[4:])
+    assert torch.equal(w4a16_few.launch(other, packed, None, False, cut)[0][4:], whole[4:])
 
 
 MANY = [
