@@ -8,7 +8,6 @@ from torch import Tensor
 
 from labkit.kernels import w4a16_few, w4a16_many
 from labkit.kernels.activation import silu_mul
-from labkit.kernels.norm import add_rms_norm, rms_norm
 from labkit.kernels.w4a16_layout import (
     INPUTS,
     OUTPUTS,
@@ -22,7 +21,7 @@ from labkit.kernels.w4a16_layout import (
 
 __all__ = [
     "Packed", "dequantize", "dequantize_checkpoint", "has_kernel", "join", "pack", "pack_levels", "w4a16_linear",
-    "w4a16_linear_reference", "w4a16_silu_mul", "w4a16_of_normed_sum",
+    "w4a16_linear_reference", "w4a16_silu_mul",
 ]  # fmt: skip
 
 MOST_FEW, MOST_MANY = 16, 512
@@ -59,26 +58,6 @@ def w4a16_silu_mul(x: Tensor, packed: Packed) -> Tensor:
     if has_kernel(x, packed) and len(x) <= MOST_FEW and packed.outputs % (2 * OUTPUTS) == 0:
         return w4a16_few.few_triton(x, packed, silu=True)
     return silu_mul(w4a16_linear(x, packed))
-
-
-def w4a16_of_normed_sum(
-    x: Tensor,
-    residual: Tensor | None,
-    norm: Tensor,
-    eps: float,
-    packed: Packed,
-    bias: Tensor | None = None,
-    silu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``w4a16_linear``, with ``silu`` ``w4a16_silu_mul``, of the RMSNorm of the sum of x and residual, [rows, inputs]
-    both; returns (product, sum). norm: [inputs], the weight of the norm. Without a residual the sum is x itself.
-
-    The rule: one row for which there is a kernel -> ``w4a16_few`` with the norm in it; else the norm first.
-    """
-    if len(x) == 1 and has_kernel(x, packed) and (not silu or packed.outputs % (2 * OUTPUTS) == 0):
-        return w4a16_few.normed_few_triton(x, residual, norm, eps, packed, bias, silu)
-    normed, total = (rms_norm(x, norm, eps), x) if residual is None else add_rms_norm(x, residual, norm, eps)
-    return w4a16_silu_mul(normed, packed) if silu else w4a16_linear(normed, packed, bias), total
 
 
 def has_kernel(x: Tensor, packed: Packed) -> bool:

@@ -31,39 +31,11 @@ class Few:
 def few_triton(x: Tensor, packed: Packed, bias: Tensor | None = None, silu: bool = False) -> Tensor:
     """The product of up to 16 contiguous rows; with ``silu``, silu(first half of the outputs) * the rest."""
     outputs = packed.outputs // 2 if silu else packed.outputs
-    return launch(x, packed, bias, silu, tuning(len(x), outputs, packed.inputs, silu))[0]
+    return launch(x, packed, bias, silu, tuning(len(x), outputs, packed.inputs, silu))
 
 
-def normed_few_triton(
-    x: Tensor,
-    residual: Tensor | None,
-    norm: Tensor,
-    eps: float,
-    packed: Packed,
-    bias: Tensor | None = None,
-    silu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``few_triton`` of the RMSNorm of the sum of x and residual, one row each; returns (product, sum).
-
-    Each program takes the norm again, which is cheaper than a launch for it: its weight goes to x, and its scale, which
-    is known once all of x went by, to the product.
-    """
-    outputs = packed.outputs // 2 if silu else packed.outputs
-    return launch(x, packed, bias, silu, tuning(1, outputs, packed.inputs, silu), (residual, norm, eps))
-
-
-def launch(
-    x: Tensor,
-    packed: Packed,
-    bias: Tensor | None,
-    silu: bool,
-    cut: Few,
-    normed: tuple[Tensor | None, Tensor, float] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The product and what was multiplied: x, or its sum with the residual of ``normed`` (residual, weight, eps)."""
+def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few) -> Tensor:
     rows, inputs = x.shape
-    residual, norm, eps = normed or (None, None, 0.0)
-    total = x if residual is None else torch.empty_like(x)
     outputs = packed.outputs // 2 if silu else packed.outputs
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     programs = triton.cdiv(outputs, (cut.tiles // 2 if silu else cut.tiles) * 16)
@@ -71,12 +43,12 @@ def launch(
     sums = (programs, cut.splits, cut.tiles * 16, 8 if rows <= 8 else 16)
     parts = None if cut.splits == 1 else torch.empty(sums, dtype=torch.float32, device=x.device)
     _few[(programs * cut.splits,)](
-        x, residual, norm, packed.words, packed.scales, bias, out, total, parts, packed.arrivals, rows, outputs, eps,
-        INPUTS=inputs, BLOCKS=packed.words.shape[1], NORM=norm is not None, RESIDUAL=residual is not None,
-        BIAS=bias is not None, SILU=silu, ROWS=padded(rows), TILES=cut.tiles, WARPS=cut.warps, DEPTH=cut.depth,
-        STAGES=cut.stages, SPLITS=cut.splits, ASSEMBLY=not INTERPRETED, num_warps=cut.warps,
+        x, packed.words, packed.scales, bias, out, parts, packed.arrivals, rows, outputs, INPUTS=inputs,
+        BLOCKS=packed.words.shape[1], BIAS=bias is not None, SILU=silu, ROWS=padded(rows), TILES=cut.tiles,
+        WARPS=cut.warps, DEPTH=cut.depth, STAGES=cut.stages, SPLITS=cut.splits, ASSEMBLY=not INTERPRETED,
+        num_warps=cut.warps,
     )  # fmt: skip
-    return out, total
+    return out
 
 
 def padded(rows: int) -> int:
@@ -156,22 +128,16 @@ def _load_scales(at, pitch, half, known, TILES: tl.constexpr):  # type: ignore[n
 @triton.jit
 def _few(  # type: ignore[no-untyped-def]
     x_ptr,
-    residual_ptr,
-    norm_ptr,
     words_ptr,
     scales_ptr,
     bias_ptr,
     out_ptr,
-    total_ptr,
     parts_ptr,
     arrivals_ptr,
     rows,
     outputs,
-    eps,
     INPUTS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    NORM: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
@@ -185,12 +151,9 @@ def _few(  # type: ignore[no-untyped-def]
     """TILES tiles of outputs, and of the inputs one of SPLITS parts; each warp multiplies every WARPS-th tile of them.
 
     ROWS: 1, 8 or 16. DEPTH: how many tiles ahead a warp loads into registers; 0: STAGES of them into shared memory.
-    NORM wants one row and all of its inputs. The last to arrive of the programs with the same outputs adds the parts,
-    always in the same order.
+    The last to arrive of the programs with the same outputs adds the parts, always in the same order.
     """
-    tl.static_assert(not NORM or (ROWS == 1 and SPLITS == 1))
     PART: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
-    WHOLE: tl.constexpr = PART % WARPS == 0 and BLOCKS % SPLITS == 0 and INPUTS % 128 == 0
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = 8 if ROWS == 1 else ROWS
     HIGH: tl.constexpr = COLUMNS // 8
@@ -214,18 +177,15 @@ def _few(  # type: ignore[no-untyped-def]
     # x: [row / 8, warp, row % 8, input]; rows past the last are read as the last, and not stored.
     x_row = tl.arange(0, HIGH)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
     x_row = tl.minimum(x_row, rows - 1)
-    x_input = tl.arange(0, WARPS)[None, :, None, None] * 128 + tl.arange(0, 32)[None, None, None, :]
-    x_offset = x_row * INPUTS + x_input
+    x_block = first_block + tl.arange(0, WARPS)[None, :, None, None]
+    x_input = tl.arange(0, 32)[None, None, None, :]
     # scales: [warp, output]
     warp = tl.arange(0, WARPS)[:, None]
     scales_at = scales_ptr + (first_tile.to(tl.int64) * BLOCKS + first_block + warp) * 16 + tl.arange(0, 16)[None, :]
     words_at += first_block * 256
-    x_offset += first_block * 128
     blocks = end - first_block
 
     total = tl.zeros([WARPS, TILES * 16, COLUMNS], tl.float32)
-    squares = tl.zeros([HIGH, WARPS, 8, 32], tl.float32)
-    first_copy = (x_row == 0) & (tl.arange(0, 8)[None, None, :, None] == 0) & (tl.program_id(0) == 0)
     if DEPTH >= 1:
         w0 = _load_words(words_at, block, 0, blocks, WARPS)
         s0 = _load_scales(scales_at, BLOCKS * 16, half, warp < blocks, TILES)
@@ -245,27 +205,20 @@ def _few(  # type: ignore[no-untyped-def]
             w0 = next_words
             s0 = next_scales
         words = tl.reshape(w0, (2, TILES, WARPS, 8, 4, 4))
+        # past the last the scales are 0, whatever is read here
+        x_first = tl.minimum(x_block + step, BLOCKS - 1) * 128
         sums = tl.zeros([WARPS, TILES * 16, COLUMNS], tl.float32)
         for i in tl.static_range(4):
             numbers = halves(pair_of_levels(words, i, dtype, ASSEMBLY), dtype, ASSEMBLY)
             # The order of the inputs in which no number has to move: [word / 2, chunk, word % 2, half].
             numbers = tl.reshape(numbers, (2, TILES, WARPS, 8, 4, 2, 4))
             a = tl.permute(numbers, (2, 1, 0, 3, 5, 4, 6)).reshape(WARPS, TILES * 16, 32)
-            at = x_offset + step * 128
-            if i > 0:
-                at += 32 * i
+            at = x_row * INPUTS + x_first + (x_input + 32 * i if i > 0 else x_input)
             at = tl.max_contiguous(at, (1, 4, 8, 32))
-            x_known = first_block * 128 + step * 128 + 32 * i + x_input < INPUTS
-            x = _load_part(x_ptr, at, x_known, WHOLE)
-            if RESIDUAL:
-                before = _load_part(residual_ptr, at, x_known, WHOLE)
-                x = (x.to(tl.float32) + before.to(tl.float32)).to(dtype)
-                tl.store(total_ptr + at, x, mask=x_known & first_copy)
-            if NORM:
-                wide = x.to(tl.float32)
-                squares += wide * wide
-                weight = _load_part(norm_ptr, at, x_known, WHOLE)
-                x = (wide * weight.to(tl.float32)).to(dtype)
+            if INPUTS % 128 == 0:
+                x = tl.load(x_ptr + at)
+            else:
+                x = tl.load(x_ptr + at, mask=x_first + 32 * i + x_input < INPUTS, other=0.0)
             x = tl.reshape(x, (HIGH, WARPS, 8, 4, 2, 4))
             b = tl.permute(x, (1, 4, 3, 5, 0, 2)).reshape(WARPS, 32, COLUMNS)
             sums = tl.dot(a, b, sums)
@@ -288,9 +241,6 @@ def _few(  # type: ignore[no-untyped-def]
             w3 = next_words
             s3 = next_scales
     result = tl.sum(total, axis=0)
-    if NORM:
-        # all 8 rows of the one are copies of it
-        result *= tl.rsqrt(tl.sum(squares) / (8 * INPUTS) + eps)
     if SPLITS == 1:
         _store(result, out_ptr, bias_ptr, first_tile, rows, outputs, EACH, COLUMNS, BIAS, SILU, dtype)
     else:
@@ -335,37 +285,28 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_part(at_ptr, at, known, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if WHOLE:
-        return tl.load(at_ptr + at)
-    else:
-        return tl.load(at_ptr + at, mask=known, other=0.0)
-
-
-@triton.jit
 def _load_words(at, block, step, blocks, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
     # Lanes are to lie along words and rows, warps along blocks: the order of these figures, true or not, says so.
     at = tl.max_contiguous(at + step * 256, (1, 1, 4, 8, 16))
     return tl.load(at, mask=step + block < blocks, other=0)
 
 
-def _case(rows: int, outputs: int, inputs: int, silu: bool = False, norm: bool = False) -> CompileCase:
+def _case(rows: int, outputs: int, inputs: int, silu: bool = False) -> CompileCase:
     cut = tuning(rows, outputs, inputs, silu)
     types = {"x_ptr": "*bf16", "words_ptr": "*i32", "scales_ptr": "*fp16", "out_ptr": "*bf16", "outputs": "i32:16"}
-    types |= {"total_ptr": "*bf16", "eps": "fp32", "arrivals_ptr": "*i32"}
-    constants: dict[str, Any] = {"NORM": norm, "RESIDUAL": norm, "INPUTS": inputs, "BLOCKS": inputs // 128}
-    constants |= {"BIAS": False, "SILU": silu, "ROWS": padded(rows), "TILES": cut.tiles, "WARPS": cut.warps}
+    types |= {"arrivals_ptr": "*i32"}
+    constants: dict[str, Any] = {"bias_ptr": None, "BIAS": False, "SILU": silu, "INPUTS": inputs}
+    constants |= {"BLOCKS": inputs // 128, "ROWS": padded(rows), "TILES": cut.tiles, "WARPS": cut.warps}
     constants |= {"DEPTH": cut.depth, "STAGES": cut.stages, "SPLITS": cut.splits, "ASSEMBLY": True}
-    for name, kind, there in [
-        ("residual_ptr", "*bf16", norm), ("norm_ptr", "*bf16", norm), ("parts_ptr", "*fp32", cut.splits > 1),
-        ("rows", "i32", rows > 1),
-    ]:  # fmt: skip
-        if there:
-            types[name] = kind
-        else:
-            constants[name] = 1 if name == "rows" else None
-    constants["bias_ptr"] = None
-    name = f"w4a16 {rows} rows {inputs} -> {outputs}{' norm' if norm else ''}{' silu' if silu else ''}"
+    if rows == 1:
+        constants["rows"] = 1
+    else:
+        types["rows"] = "i32"
+    if cut.splits == 1:
+        constants["parts_ptr"] = None
+    else:
+        types["parts_ptr"] = "*fp32"
+    name = f"w4a16 {rows} rows {inputs} -> {outputs}{' silu' if silu else ''}"
     return CompileCase(name, _few, types, constants, num_warps=cut.warps)
 
 
@@ -375,8 +316,7 @@ COMPILE_CASES = [
     _case(1, 17920 // 2, 1536, silu=True),
     _case(1, 1536, 8960),
     _case(1, 37888 // 2, 3584, silu=True),
-    _case(1, 37888 // 2, 3584, silu=True, norm=True),
-    _case(1, 4608, 3584, norm=True),
+    _case(1, 4608, 3584),
     _case(1, 3584, 18944),
     _case(8, 8192, 8192),
     _case(16, 8192, 8192),

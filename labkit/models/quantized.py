@@ -27,7 +27,6 @@ from labkit.kernels.w4a16 import (
     pack,
     pack_levels,
     w4a16_linear,
-    w4a16_of_normed_sum,
     w4a16_silu_mul,
 )
 from labkit.models.layers import Linear, Norm
@@ -73,7 +72,8 @@ class QuantizedLinear(Linear):
     def of_normed_sum(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         if self.packed is None:
             return super().of_normed_sum(x, residual, norm)
-        return w4a16_of_normed_sum(x, residual, norm.weight, norm.eps, self.packed, self.bias)
+        normed, total = (norm(x), x) if residual is None else norm.of_sum(x, residual)
+        return self(normed), total
 
     def silu_mul_of(self, x: Tensor) -> Tensor:
         return super().silu_mul_of(x) if self.packed is None else w4a16_silu_mul(x, self.packed)
@@ -81,7 +81,8 @@ class QuantizedLinear(Linear):
     def silu_mul_of_normed_sum(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
         if self.packed is None:
             return super().silu_mul_of_normed_sum(x, residual, norm)
-        return w4a16_of_normed_sum(x, residual, norm.weight, norm.eps, self.packed, silu=True)
+        normed, total = (norm(x), x) if residual is None else norm.of_sum(x, residual)
+        return self.silu_mul_of(normed), total
 
 
 def quantize_linears(model: nn.Module, but: Collection[str], device: torch.device, dtype: torch.dtype) -> None:
