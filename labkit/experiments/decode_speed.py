@@ -21,7 +21,7 @@ from labkit.engine import build_core
 from labkit.experiments.claims import Evidence, Verdict, judge_ratio, not_testable
 from labkit.experiments.contests import gain
 from labkit.experiments.intervals import percentile
-from labkit.experiments.weights import GPTQ, ORIGINAL, in_four_bits, original, quantize_to
+from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, in_four_bits, original, quantize_to
 from labkit.models.loading import open_checkpoint
 from labkit.models.quantized import QuantizedLinear
 
@@ -33,7 +33,7 @@ def contenders(
     model: str, device: str, gptq: Path, shape: str | None = None, calibration: Mapping[str, Any] | None = None
 ) -> dict[str, Deployment]:
     """What is timed: the service as first deployed, and in the engine of today the original weights, those rounded to
-    nearest, and those in ``gptq``, the checkpoint that GPTQ made of ``model``.
+    nearest, and those in ``gptq``, the checkpoint that GPTQ made of ``model``: see ``in_four_bits``.
 
     With a ``shape`` of data/shapes all of it is that shape with random weights, which GPTQ quantises here and now, with
     ``calibration`` (sequences, length), into a directory beside ``gptq``. Raises UserError for a shape that is none.
@@ -117,6 +117,9 @@ def judge_speed(table: pd.DataFrame, shape: str | None = None, batch: int = 1) -
         evidence.append(
             Evidence.of(f"against the same engine, batch of {largest}", gain(table, ORIGINAL, GPTQ, largest))
         )
+    if GPTQ_HEAD in set(table["way"]):
+        head = gain(table, ORIGINAL, GPTQ_HEAD, batch)
+        evidence.append(Evidence.of(f"the same with a head of 8 bits, batch of {batch}", head))
     first = gain(table, FIRST, GPTQ, batch)
     beside = f" Measured with {weights_of(shape)}."
     if first.n:
@@ -142,6 +145,7 @@ def weight_bytes(core: EngineCore) -> int:
     """Bytes of a model's weights as a core holds them, packed ones included."""
     model = core.runner.model if isinstance(core, LabkitCore) else core.model  # type: ignore[attr-defined]
     total = sum(parameter.nbytes for parameter in model.parameters())
+    total += sum(part.nbytes for part in getattr(model, "int8_head", None) or ())
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and module.packed is not None:
             total += module.packed.words.nbytes + module.packed.scales.nbytes

@@ -28,7 +28,9 @@ from labkit.training.evaluate import MOST_TOKENS
 from labkit.training.ledger import is_correct, make_problem
 
 ORIGINAL, RTN, GPTQ = "original", "RTN, 4 bits", "GPTQ, 4 bits"
-ROUNDED = (RTN, GPTQ)
+GPTQ_HEAD = f"{GPTQ}, head of 8"
+ROUNDED = (RTN, GPTQ, GPTQ_HEAD)
+"""The last where there is a kernel for a head of 8 bits: on a GPU."""
 _BATCH = {"cpu": 16, "cuda": 256}
 
 
@@ -60,12 +62,13 @@ def quantize_to(
 
 
 def in_four_bits(deployment: Deployment, gptq: Path | str) -> dict[str, Deployment]:
-    """The deployment itself; rounded to nearest when it is loaded; and the checkpoint that GPTQ made of its model."""
-    return {
-        ORIGINAL: deployment,
-        RTN: replace(deployment, quantization="int4"),
-        GPTQ: replace(deployment, model=str(gptq), random_weights=False),
-    }
+    """The deployment itself; rounded to nearest when it is loaded; the checkpoint that GPTQ made of its model; on CUDA
+    that with the output head in 8 bits besides."""
+    quantized = replace(deployment, model=str(gptq), random_weights=False)
+    ways = {ORIGINAL: deployment, RTN: replace(deployment, quantization="int4"), GPTQ: quantized}
+    if deployment.device == "cuda":
+        ways[GPTQ_HEAD] = replace(quantized, int8_head=True)
+    return ways
 
 
 def ask(
@@ -125,8 +128,13 @@ def judge_accuracy(answers: pd.DataFrame) -> Verdict:
         f"{verdict.reason} Of {lost.n} problems {gptq.reference_only} were right before GPTQ alone and "
         f"{gptq.model_only} after it alone (McNemar's exact p = {gptq.p:.2g})."
     )
-    rtn = Evidence.of("rounding to nearest: percentage points lost", loss_of_accuracy(pair(answers, RTN)))
-    return replace(verdict, reason=reason, evidence=(*verdict.evidence, rtn))
+    others = {"rounding to nearest": RTN, "GPTQ and a head of 8 bits": GPTQ_HEAD}
+    beside = [
+        Evidence.of(f"{label}: percentage points lost", loss_of_accuracy(pair(answers, name)))
+        for label, name in others.items()
+        if name in set(answers["deployment"])
+    ]
+    return replace(verdict, reason=reason, evidence=(*verdict.evidence, *beside))
 
 
 def _engine(deployment: Deployment, prompts: list[str]) -> Engine:

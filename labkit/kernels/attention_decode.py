@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
+from labkit.kernels.overlap import gdc_launch_dependents, gdc_wait, overlaps
 
 LOG2_E = 1.4426950408889634
 
@@ -116,13 +117,13 @@ def decode_attention_triton(
         GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, PADDED_DIM=padded,
         BLOCK_SIZE=block_size, TILE=tokens, CHUNK=max(chunk, tokens), SPLIT=splits > 1,
         PRECISION=precision(queries.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        OVERLAP=overlaps(), launch_pdl=overlaps(), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         _combine[(sequences, heads)](
             parts, contexts, out, out.stride(0), splits,
             HEAD_DIM=head_dim, PADDED_DIM=padded, TILE=tokens, CHUNK=max(chunk, tokens), SPLITS_AT_ONCE=16,
-            num_warps=4,
+            OVERLAP=overlaps(), launch_pdl=overlaps(), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -165,7 +166,11 @@ def _decode(  # type: ignore[no-untyped-def]
     scale, query_stride, out_stride, table_stride, blocks,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + sequence)
     chunk = _chunk_of(context, tl.num_programs(2), TILE, CHUNK)
@@ -229,9 +234,12 @@ def _decode(  # type: ignore[no-untyped-def]
 def _combine(  # type: ignore[no-untyped-def]
     parts, contexts, out, out_stride, splits,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    SPLITS_AT_ONCE: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Weighs the parts of one query head by their sums, which are brought to a common maximum."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(contexts + sequence)
     used = tl.cdiv(context, _chunk_of(context, splits, TILE, CHUNK))
@@ -270,7 +278,7 @@ def _case(group: int, head_dim: int, block_size: int, split: bool) -> CompileCas
     }
     constexprs: dict[str, Any] = {
         "GROUP": group, "ROWS": 16, "HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK_SIZE": block_size,
-        "TILE": tile.tokens, "CHUNK": 512, "SPLIT": split, "PRECISION": "tf32",
+        "TILE": tile.tokens, "CHUNK": 512, "SPLIT": split, "PRECISION": "tf32", "OVERLAP": True,
     }  # fmt: skip
     name = f"decode group {group} d{head_dim} block {block_size}{' split' if split else ''}"
     signature = {**pointers, "parts": "*fp32", **numbers}
@@ -287,6 +295,6 @@ COMPILE_CASES = [
         "decode, parts combined",
         _combine,
         {"parts": "*fp32", "contexts": "*i32", "out": "*bf16", "out_stride": "i32:16", "splits": "i32"},
-        {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": 64, "CHUNK": 512, "SPLITS_AT_ONCE": 16},
+        {"HEAD_DIM": 128, "PADDED_DIM": 128, "TILE": 64, "CHUNK": 512, "SPLITS_AT_ONCE": 16, "OVERLAP": True},
     ),
 ]

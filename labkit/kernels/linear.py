@@ -21,6 +21,7 @@ from torch import Tensor
 from labkit.kernels.activation import silu_mul
 from labkit.kernels.compile_check import CompileCase
 from labkit.kernels.norm import add_rms_norm, rms_norm
+from labkit.kernels.overlap import gdc_launch_dependents, overlaps
 
 MOST_ROWS = 2
 """Up to here the weights are what takes the time; with more rows cuBLAS and its tensor cores win."""
@@ -120,7 +121,7 @@ def _launch_whole(
     _whole[(triton.cdiv(outputs, tile_outputs),)](
         x, residual, norm, weight, bias, out, total, outputs, eps,
         INPUTS=inputs, NORM=norm is not None, RESIDUAL=residual is not None, BIAS=bias is not None, SILU=silu,
-        OUT=tile_outputs, IN=tile_inputs, num_warps=warps,
+        OUT=tile_outputs, IN=tile_inputs, OVERLAP=overlaps(), num_warps=warps,
     )  # fmt: skip
     return out, total
 
@@ -132,7 +133,7 @@ def _launch_looped(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -
     padded, tile_outputs, tile_inputs, stages, warps = looped_tuning(rows, outputs, inputs)
     _looped[(triton.cdiv(outputs, tile_outputs),)](
         x, weight, bias, out, rows, outputs, INPUTS=inputs, BIAS=bias is not None, SILU=silu,
-        ROWS=padded, OUT=tile_outputs, IN=tile_inputs, STAGES=stages, num_warps=warps,
+        ROWS=padded, OUT=tile_outputs, IN=tile_inputs, STAGES=stages, OVERLAP=overlaps(), num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -178,8 +179,11 @@ def _whole(  # type: ignore[no-untyped-def]
     SILU: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row of x. Tiles are [OUT, IN]: rows of the weight, all of their columns."""
+    if OVERLAP:
+        gdc_launch_dependents()
     output = tl.program_id(0) * OUT + tl.arange(0, OUT)
     column = tl.arange(0, IN)[None, :]
     known = column < INPUTS
@@ -224,8 +228,11 @@ def _looped(  # type: ignore[no-untyped-def]
     OUT: tl.constexpr,
     IN: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Tiles are [ROWS, OUT, IN]: rows of x, rows of the weight, columns of both."""
+    if OVERLAP:
+        gdc_launch_dependents()
     first_output = tl.program_id(0) * OUT
     row = tl.arange(0, ROWS)[:, None, None]
     output = (first_output + tl.arange(0, OUT))[None, :, None]
@@ -265,7 +272,7 @@ def _whole_case(outputs: int, inputs: int, norm: bool = False, silu: bool = Fals
     types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "total_ptr": "*bf16"}
     types |= {"outputs": "i32:16", "eps": "fp32"} | ({"residual_ptr": "*bf16", "norm_ptr": "*bf16"} if norm else {})
     constants: dict[str, Any] = {"INPUTS": inputs, "NORM": norm, "RESIDUAL": norm, "BIAS": False, "SILU": silu}
-    constants |= {"OUT": tile_outputs, "IN": tile_inputs, "bias_ptr": None}
+    constants |= {"OUT": tile_outputs, "IN": tile_inputs, "bias_ptr": None, "OVERLAP": True}
     constants |= {} if norm else {"residual_ptr": None, "norm_ptr": None}
     name = f"linear {inputs} -> {outputs}{' norm' if norm else ''}{' silu' if silu else ''}"
     return CompileCase(name, _whole, types, constants, num_warps=warps)
@@ -276,7 +283,7 @@ def _looped_case(rows: int, outputs: int, inputs: int, silu: bool = False) -> Co
     types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "outputs": "i32:16"}
     types |= {} if rows == 1 else {"rows": "i32"}
     constants: dict[str, Any] = {"INPUTS": inputs, "BIAS": False, "SILU": silu, "ROWS": padded, "OUT": tile_outputs}
-    constants |= {"IN": tile_inputs, "STAGES": stages, "bias_ptr": None}
+    constants |= {"IN": tile_inputs, "STAGES": stages, "bias_ptr": None, "OVERLAP": True}
     constants |= {"rows": 1} if rows == 1 else {}
     name = f"linear {rows} rows {inputs} -> {outputs}{' silu' if silu else ''}"
     return CompileCase(name, _looped, types, constants, num_warps=warps)

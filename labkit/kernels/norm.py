@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
+from labkit.kernels.overlap import gdc_launch_dependents, gdc_wait, overlaps
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,7 +53,8 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         block, rows, warps = tuning(hidden)
         _norm[(triton.cdiv(tokens, rows),)](
             x, x, weight, normed, normed, tokens, x.stride(0), hidden, eps,
-            RESIDUAL=False, BLOCK=block, ROWS=rows, num_warps=warps,
+            RESIDUAL=False, BLOCK=block, ROWS=rows, OVERLAP=overlaps(),
+            launch_pdl=overlaps(), num_warps=warps,
         )  # fmt: skip
     return normed
 
@@ -66,7 +68,8 @@ def add_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
         block, rows, warps = tuning(hidden)
         _norm[(triton.cdiv(tokens, rows),)](
             x, residual, weight, normed, total, tokens, x.stride(0), hidden, eps,
-            RESIDUAL=True, BLOCK=block, ROWS=rows, num_warps=warps,
+            RESIDUAL=True, BLOCK=block, ROWS=rows, OVERLAP=overlaps(),
+            launch_pdl=overlaps(), num_warps=warps,
         )  # fmt: skip
     return normed, total
 
@@ -92,10 +95,16 @@ def _norm(  # type: ignore[no-untyped-def]
     RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < tokens) & (column < hidden)
+    weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0, eviction_policy="evict_last")
+    if OVERLAP:
+        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0, eviction_policy="evict_first")
     wide = x.to(tl.float32)
     if RESIDUAL:
@@ -104,7 +113,6 @@ def _norm(  # type: ignore[no-untyped-def]
         total = (wide + before.to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + row * hidden + column, total, mask=inside)
         wide = total.to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0, eviction_policy="evict_last")
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / hidden + eps)
     quotient = (wide * scale[:, None]).to(x.dtype).to(tl.float32)
     tl.store(normed_ptr + row * hidden + column, (quotient * weight.to(tl.float32)).to(x.dtype), mask=inside)
@@ -114,7 +122,7 @@ def _case(hidden: int, residual: bool) -> CompileCase:
     block, rows, warps = tuning(hidden)
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "total_ptr"), "*bf16")
     sizes: dict[str, Any] = {"tokens": "i32", "x_stride": "i32:16", "hidden": "i32:16", "eps": "fp32"}
-    constants = {"RESIDUAL": residual, "BLOCK": block, "ROWS": rows}
+    constants = {"RESIDUAL": residual, "BLOCK": block, "ROWS": rows, "OVERLAP": True}
     name = f"norm {hidden}{' with residual' if residual else ''}"
     return CompileCase(name, _norm, {**pointers, **sizes}, constants, num_warps=warps)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
 from labkit.kernels.norm import rms_norm_reference
+from labkit.kernels.overlap import gdc_launch_dependents, gdc_wait, overlaps
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ def rope_write_triton(
         _rope_write[(tokens, triton.cdiv(heads + 2 * kv_heads, heads_a_tile))](
             qkv, positions, table, cache, slots, q_norm, k_norm, heads, kv_heads, cache.stride(0), cache.stride(1), eps,
             HEAD_DIM=head_dim, ROTARY=table.shape[-1], PAIRS=pairs, HEADS=heads_a_tile, NORMED=q_norm is not None,
-            REST=triton.next_power_of_2(max(head_dim - table.shape[-1], 1)), num_warps=warps,
+            REST=triton.next_power_of_2(max(head_dim - table.shape[-1], 1)), OVERLAP=overlaps(), launch_pdl=overlaps(),
+            num_warps=warps,
         )  # fmt: skip
     return qkv.view(tokens, heads + 2 * kv_heads, head_dim)[:, :heads]
 
@@ -240,8 +242,12 @@ def _rope_write(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     NORMED: tl.constexpr,
     REST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     HALF: tl.constexpr = ROTARY // 2
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
@@ -320,7 +326,9 @@ def _case(head_dim: int, normed: bool) -> CompileCase:
     pointers |= {"slots_ptr": "*i64"} | ({"q_norm_ptr": norm, "k_norm_ptr": norm} if normed else {})
     sizes = {"heads": "i32", "kv_heads": "i32", "cache_plane_stride": "i64:16", "cache_head_stride": "i64:16"}
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "ROTARY": head_dim, "PAIRS": pairs, "HEADS": heads}
-    constants |= {"NORMED": normed, "REST": 1} | ({} if normed else {"q_norm_ptr": None, "k_norm_ptr": None})
+    constants |= {"NORMED": normed, "REST": 1, "OVERLAP": True} | (
+        {} if normed else {"q_norm_ptr": None, "k_norm_ptr": None}
+    )
     name = f"rope write {head_dim}{' with norms' if normed else ''}"
     return CompileCase(name, _rope_write, {**pointers, **sizes, "eps": "fp32"}, constants, num_warps=warps)
 

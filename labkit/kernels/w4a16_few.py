@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
+from labkit.kernels.overlap import gdc_launch_dependents, overlaps
 from labkit.kernels.w4a16_layout import Packed
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -24,7 +25,6 @@ class Few:
     tiles: int
     warps: int
     depth: int
-    stages: int = 1
     splits: int = 1
 
 
@@ -45,8 +45,8 @@ def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few)
     _few[(programs * cut.splits,)](
         x, packed.words, packed.scales, bias, out, parts, packed.arrivals, rows, outputs, INPUTS=inputs,
         BLOCKS=packed.words.shape[1], BIAS=bias is not None, SILU=silu, ROWS=padded(rows), TILES=cut.tiles,
-        WARPS=cut.warps, DEPTH=cut.depth, STAGES=cut.stages, SPLITS=cut.splits, ASSEMBLY=not INTERPRETED,
-        num_warps=cut.warps,
+        WARPS=cut.warps, DEPTH=cut.depth, SPLITS=cut.splits, ASSEMBLY=not INTERPRETED,
+        OVERLAP=overlaps(), num_warps=cut.warps,
     )  # fmt: skip
     return out
 
@@ -59,13 +59,18 @@ def padded(rows: int) -> int:
 def tuning(rows: int, outputs: int, inputs: int, silu: bool) -> Few:
     """The fastest of a sweep on an H200 over the matrices of Qwen2.5 1.5B and 7B and squares of 4096 and 8192; with a
     gate, ``outputs`` are those after it."""
+    long = inputs > 2 * outputs
     if padded(rows) == 16:
-        return Few(4, 4, 0, 3) if silu else Few(2, 8, 2)
+        if silu:
+            return Few(2, 4, 2)
+        return Few(2, 2, 2, splits=7) if long else Few(2, 1, 4, splits=8) if inputs <= 4096 else Few(2, 2, 2, splits=4)
     if silu:
         return Few(2, 2, 2) if outputs >= 16384 else Few(2, 4, 4)
+    if long:
+        return Few(1, 1, 2, splits=14)
     if inputs <= 2048:
         return Few(1, 4, 2)
-    return Few(1, 16 if inputs > 2 * outputs else 8, 2)
+    return Few(1, 2, 1, splits=8) if inputs <= 4096 else Few(1, 8, 1)
 
 
 _PAIR = """{{
@@ -144,16 +149,18 @@ def _few(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """TILES tiles of outputs, and of the inputs one of SPLITS parts; each warp multiplies every WARPS-th tile of them.
 
-    ROWS: 1, 8 or 16. DEPTH: how many tiles ahead a warp loads into registers; 0: STAGES of them into shared memory.
+    ROWS: 1, 8 or 16. DEPTH: how many tiles ahead a warp loads into registers: 1, 2 or 4.
     The last to arrive of the programs with the same outputs adds the parts, always in the same order.
     """
     PART: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
+    if OVERLAP:
+        gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = 8 if ROWS == 1 else ROWS
     HIGH: tl.constexpr = COLUMNS // 8
@@ -186,9 +193,8 @@ def _few(  # type: ignore[no-untyped-def]
     blocks = end - first_block
 
     total = tl.zeros([WARPS, TILES * 16, COLUMNS], tl.float32)
-    if DEPTH >= 1:
-        w0 = _load_words(words_at, block, 0, blocks, WARPS)
-        s0 = _load_scales(scales_at, BLOCKS * 16, half, warp < blocks, TILES)
+    w0 = _load_words(words_at, block, 0, blocks, WARPS)
+    s0 = _load_scales(scales_at, BLOCKS * 16, half, warp < blocks, TILES)
     if DEPTH >= 2:
         w1 = _load_words(words_at, block, WARPS, blocks, WARPS)
         s1 = _load_scales(scales_at + WARPS * 16, BLOCKS * 16, half, warp + WARPS < blocks, TILES)
@@ -197,29 +203,26 @@ def _few(  # type: ignore[no-untyped-def]
         s2 = _load_scales(scales_at + 2 * WARPS * 16, BLOCKS * 16, half, warp + 2 * WARPS < blocks, TILES)
         w3 = _load_words(words_at, block, 3 * WARPS, blocks, WARPS)
         s3 = _load_scales(scales_at + 3 * WARPS * 16, BLOCKS * 16, half, warp + 3 * WARPS < blocks, TILES)
-    for step in tl.range(0, PART, WARPS, num_stages=STAGES):
+    for step in tl.range(0, PART, WARPS, num_stages=1):
         ahead = step + DEPTH * WARPS
         next_words = _load_words(words_at, block, ahead, blocks, WARPS)
         next_scales = _load_scales(scales_at + ahead * 16, BLOCKS * 16, half, warp + ahead < blocks, TILES)
-        if DEPTH == 0:
-            w0 = next_words
-            s0 = next_scales
+        # All of x is under way before any of it is used; past the last block the scales are 0, whatever is read here.
+        # That the loads are spelt out is what Triton's analysis of addresses wants.
+        x_at = x_row * INPUTS + tl.minimum(x_block + step, BLOCKS - 1) * 128
+        x0 = tl.load(x_ptr + tl.max_contiguous(x_at + x_input, (1, 4, 8, 32)))
+        x1 = tl.load(x_ptr + tl.max_contiguous(x_at + (x_input + 32), (1, 4, 8, 32)))
+        x2 = tl.load(x_ptr + tl.max_contiguous(x_at + (x_input + 64), (1, 4, 8, 32)))
+        x3 = tl.load(x_ptr + tl.max_contiguous(x_at + (x_input + 96), (1, 4, 8, 32)))
+        parts_of_x = (x0, x1, x2, x3)
         words = tl.reshape(w0, (2, TILES, WARPS, 8, 4, 4))
-        # past the last the scales are 0, whatever is read here
-        x_first = tl.minimum(x_block + step, BLOCKS - 1) * 128
         sums = tl.zeros([WARPS, TILES * 16, COLUMNS], tl.float32)
         for i in tl.static_range(4):
             numbers = halves(pair_of_levels(words, i, dtype, ASSEMBLY), dtype, ASSEMBLY)
             # The order of the inputs in which no number has to move: [word / 2, chunk, word % 2, half].
             numbers = tl.reshape(numbers, (2, TILES, WARPS, 8, 4, 2, 4))
             a = tl.permute(numbers, (2, 1, 0, 3, 5, 4, 6)).reshape(WARPS, TILES * 16, 32)
-            at = x_row * INPUTS + x_first + (x_input + 32 * i if i > 0 else x_input)
-            at = tl.max_contiguous(at, (1, 4, 8, 32))
-            if INPUTS % 128 == 0:
-                x = tl.load(x_ptr + at)
-            else:
-                x = tl.load(x_ptr + at, mask=x_first + 32 * i + x_input < INPUTS, other=0.0)
-            x = tl.reshape(x, (HIGH, WARPS, 8, 4, 2, 4))
+            x = tl.reshape(parts_of_x[i], (HIGH, WARPS, 8, 4, 2, 4))
             b = tl.permute(x, (1, 4, 3, 5, 0, 2)).reshape(WARPS, 32, COLUMNS)
             sums = tl.dot(a, b, sums)
         total += sums * s0.to(tl.float32)[:, :, None]
@@ -288,7 +291,7 @@ def _store(  # type: ignore[no-untyped-def]
 def _load_words(at, block, step, blocks, WARPS: tl.constexpr):  # type: ignore[no-untyped-def]
     # Lanes are to lie along words and rows, warps along blocks: the order of these figures, true or not, says so.
     at = tl.max_contiguous(at + step * 256, (1, 1, 4, 8, 16))
-    return tl.load(at, mask=step + block < blocks, other=0)
+    return tl.load(at, mask=step + block < blocks, other=0, eviction_policy="evict_first")
 
 
 def _case(rows: int, outputs: int, inputs: int, silu: bool = False) -> CompileCase:
@@ -297,7 +300,7 @@ def _case(rows: int, outputs: int, inputs: int, silu: bool = False) -> CompileCa
     types |= {"arrivals_ptr": "*i32"}
     constants: dict[str, Any] = {"bias_ptr": None, "BIAS": False, "SILU": silu, "INPUTS": inputs}
     constants |= {"BLOCKS": inputs // 128, "ROWS": padded(rows), "TILES": cut.tiles, "WARPS": cut.warps}
-    constants |= {"DEPTH": cut.depth, "STAGES": cut.stages, "SPLITS": cut.splits, "ASSEMBLY": True}
+    constants |= {"DEPTH": cut.depth, "SPLITS": cut.splits, "ASSEMBLY": True, "OVERLAP": True}
     if rows == 1:
         constants["rows"] = 1
     else:

@@ -8,22 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from labkit.experiments import provenance
 from labkit.experiments.contests import gain, median_seconds, peak_bytes
 from labkit.experiments.decode_speed import FIRST, read_in_four_bits, tokens_per_second, weights_of
 from labkit.experiments.intervals import Estimate, percentile, share
 from labkit.experiments.operators import ARTICLE, PYTORCH, SDPA, growth
 from labkit.experiments.student import STUDENT, TEACHER
-from labkit.experiments.weights import GPTQ, ORIGINAL, ROUNDED, loss_of_accuracy, pair
-from labkit.report.environment import machine_line
+from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, ROUNDED, loss_of_accuracy, pair
+from labkit.report.environment import machine_caption
 from labkit.report.tables import Table, digits, interval, quantity
 
 SMALL_PRINT = "Small print: 95 % intervals, ? is an open end."
-
-
-def machine_caption() -> str:
-    """The machine that this process runs on."""
-    return machine_line(provenance.machine())
 
 
 def times_table(table: pd.DataFrame, x: str) -> Table:
@@ -64,8 +58,10 @@ def layers_frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "name", "value", "low", "high"])
 
 
-def accuracy_table(answers: pd.DataFrame, names: Sequence[str] = (ORIGINAL, *ROUNDED)) -> Table:
-    """One row a deployment: exact match per bucket, and against the first one, on the same problems."""
+def accuracy_table(answers: pd.DataFrame, names: Sequence[str] = ()) -> Table:
+    """One row a deployment: exact match per bucket, and against the first one, on the same problems. names: which, by
+    default the original weights and those that are rounded."""
+    names = names or (ORIGINAL, *_rounded(answers))
     buckets = list(dict.fromkeys(answers["bucket"]))
     rows = []
     for name in names:
@@ -88,7 +84,7 @@ def accuracy_table(answers: pd.DataFrame, names: Sequence[str] = (ORIGINAL, *ROU
 def lost_frame(answers: pd.DataFrame) -> pd.DataFrame:
     """For ``figures.ladder``: the percentage points that rounding cost."""
     rows = []
-    for name in ROUNDED:
+    for name in _rounded(answers):
         lost = loss_of_accuracy(pair(answers, name))
         rows.append((name, 100 * lost.value, 100 * lost.low, 100 * lost.high, "points"))
     return pd.DataFrame(rows, columns=["rung", "value", "low", "high", "unit"])
@@ -97,7 +93,9 @@ def lost_frame(answers: pd.DataFrame) -> pd.DataFrame:
 def speed_table(table: pd.DataFrame, new_tokens: int, shape: str | None = None) -> Table:
     """One row a batch size: tokens written a second by each deployment, and GPTQ against both baselines; the last row
     is the memory that the weights take. ``shape``: whose random weights they are, if they are."""
-    return _speeds(table, new_tokens, [(ORIGINAL, GPTQ), (FIRST, GPTQ)], weights_of(shape))
+    pairs = [(ORIGINAL, GPTQ), (ORIGINAL, GPTQ_HEAD), (FIRST, GPTQ)]
+    timed = set(table["way"])
+    return _speeds(table, new_tokens, [each for each in pairs if each[1] in timed], weights_of(shape))
 
 
 def student_table(table: pd.DataFrame, new_tokens: int) -> Table:
@@ -139,6 +137,11 @@ def algorithm_takeaway(
             f"{_times(gain(student_speed, TEACHER, STUDENT, largest))} its speed at a batch of {largest}."
         )
     return "\n\n".join(lines)
+
+
+def _rounded(answers: pd.DataFrame) -> list[str]:
+    asked = set(answers["deployment"])
+    return [name for name in ROUNDED if name in asked]
 
 
 def _speeds(table: pd.DataFrame, new_tokens: int, pairs: Sequence[tuple[str, str]], weights: str) -> Table:

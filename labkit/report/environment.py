@@ -30,6 +30,11 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return f"{machine.get('cores', '?')} cores of {machine.get('cpu', '?')}, {memory:.0f} GiB, {device}"
 
 
+def machine_caption() -> str:
+    """The machine that this process runs on."""
+    return machine_line(provenance.machine())
+
+
 def code_line(code: Mapping[str, Any]) -> str:
     """The commit and whether the checkout differed from it."""
     commit = code.get("commit")

@@ -23,8 +23,8 @@ from labkit.experiments.network.rules import (
 )
 from labkit.experiments.network.sweeps import AS_IT_COMES, AT_HAND, DIRECT, EDGE
 from labkit.report import figures
-from labkit.report.algorithm import machine_caption
 from labkit.report.display import Shown
+from labkit.report.environment import machine_caption
 from labkit.report.tables import Table, digits, interval, quantity
 
 NOTHING = Shown(

@@ -11,7 +11,7 @@ import pytest
 from labkit.errors import UserError
 from labkit.experiments import decode_speed
 from labkit.experiments.decode_speed import FIRST
-from labkit.experiments.weights import GPTQ, ORIGINAL, RTN
+from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, RTN
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 300, "hidden_size": 128,
@@ -67,6 +67,13 @@ def test_the_same_engine_decides_and_the_first_deployment_is_named(gptq_s: float
     verdict = decode_speed.judge_speed(made_up(gptq_s))
     assert verdict.outcome == outcome and f"{8 / gptq_s:g}× as fast" in verdict.reason
     assert [item.value for item in verdict.evidence] == [1 / gptq_s, 1.0, 8 / gptq_s]
+
+
+def test_a_head_of_8_bits_stands_beside_and_decides_nothing() -> None:
+    table = made_up(0.5)
+    head = table[table["way"] == GPTQ].assign(way=GPTQ_HEAD, seconds=0.25)
+    verdict = decode_speed.judge_speed(pd.concat([table, head]))
+    assert verdict.outcome == "partly" and [item.value for item in verdict.evidence] == [2.0, 1.0, 4.0, 16.0]
 
 
 def test_tokens_per_second_are_those_of_all_requests_of_a_batch() -> None:

@@ -7,12 +7,12 @@ import pytest
 
 from labkit.deployment import SHIPPED_MODEL
 from labkit.experiments import weights
-from labkit.experiments.weights import GPTQ, ORIGINAL, RTN
+from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, RTN
 
 
 def made_up(**right: str) -> pd.DataFrame:
-    """original, rtn and gptq: a character a problem, 1 for right."""
-    names = {"original": ORIGINAL, "rtn": RTN, "gptq": GPTQ}
+    """original, rtn, gptq and head: a character a problem, 1 for right."""
+    names = {"original": ORIGINAL, "rtn": RTN, "gptq": GPTQ, "head": GPTQ_HEAD}
     rows = [(names[name], "short", i, mark == "1") for name, marks in right.items() for i, mark in enumerate(marks)]
     return pd.DataFrame(rows, columns=["deployment", "bucket", "index", "right"])
 
@@ -22,6 +22,8 @@ def test_rounding_turns_one_knob_and_gptq_another_model() -> None:
     before = deployments[ORIGINAL]
     assert before.differs_in(deployments[RTN]) == {"quantization": ("none", "int4")}
     assert before.differs_in(deployments[GPTQ]) == {"model": (SHIPPED_MODEL, "elsewhere")}
+    assert deployments[GPTQ].differs_in(deployments[GPTQ_HEAD]) == {"int8_head": (False, True)}
+    assert GPTQ_HEAD not in weights.in_four_bits(weights.original(SHIPPED_MODEL, "cpu"), "elsewhere")
 
 
 def test_the_shipped_model_answers_problems_of_each_bucket() -> None:
@@ -46,6 +48,12 @@ def test_the_interval_of_the_paired_loss_decides(gptq: str, outcome: str) -> Non
     lost, rounded = verdict.evidence
     assert lost.value == pytest.approx(gptq.count("0") / 10) and lost.low < lost.value < lost.high
     assert rounded.value == pytest.approx(1.0) and lost.unit == "%"
+
+
+def test_a_head_of_8_bits_stands_beside_and_decides_nothing() -> None:
+    ones = "1" * 1000
+    verdict = weights.judge_accuracy(made_up(original=ones, gptq=ones, head="1" * 900 + "0" * 100))
+    assert verdict.outcome == "confirmed" and [item.value for item in verdict.evidence] == [0, pytest.approx(10)]
 
 
 def test_answers_that_change_both_ways_cost_nothing_but_widen_the_interval() -> None:

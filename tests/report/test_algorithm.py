@@ -11,7 +11,7 @@ from labkit.experiments.decode_speed import FIRST
 from labkit.experiments.intervals import Estimate
 from labkit.experiments.operators import ARTICLE, PYTORCH, SDPA
 from labkit.experiments.student import STUDENT, TEACHER
-from labkit.experiments.weights import GPTQ, ORIGINAL, RTN
+from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, RTN
 from labkit.report import algorithm
 
 
@@ -59,6 +59,8 @@ def test_accuracy_is_compared_problem_by_problem() -> None:
     gptq = dict(zip(table.columns, table.rows[2], strict=True))
     assert gptq["short\u00a0(100)"].startswith("97.0") and gptq["points lost"].startswith("3.00\n")
     assert (gptq[f"right: {ORIGINAL} only"], gptq["right: this one only"], gptq["McNemar p"]) == ("3", "0", "0.25")
+    head = ANSWERS[ANSWERS["deployment"] == GPTQ].assign(deployment=GPTQ_HEAD)
+    assert algorithm.accuracy_table(pd.concat([ANSWERS, head])).rows[3][0] == GPTQ_HEAD
     assert algorithm.lost_frame(ANSWERS)["value"].tolist() == pytest.approx([20, 3])
 
 
@@ -69,6 +71,9 @@ def test_speed_is_shown_against_both_baselines() -> None:
     assert one[GPTQ].startswith("10.0\u00a0tokens/s")
     four = dict(zip(table.columns, table.rows[1], strict=True))
     assert four[FIRST] == four[f"{GPTQ} against {FIRST}"] == "–"
+    assert GPTQ_HEAD not in table.columns
+    head = SPEED[SPEED["way"] == GPTQ].assign(way=GPTQ_HEAD)
+    assert f"{GPTQ_HEAD} against {ORIGINAL}" in algorithm.speed_table(pd.concat([SPEED, head]), 10).columns
     rivals = algorithm.student_table(contest({(TEACHER, 1): (4.0, 8), (STUDENT, 1): (1.0, 2)}), 10)
     assert rivals.columns[-1] == "student against teacher" and rivals.rows[0][-1].startswith("4.00×")
     assert table.rows[2][0] == "weights" and "random weights of the shape of a shape" in table.caption

@@ -1,0 +1,23 @@
+"""Programmatic dependent launch: a kernel takes its place on the GPU while the one before still runs, and waits there.
+
+A small kernel between large ones, such as a norm, otherwise waits for the GPU to be empty and is launched then, which
+takes longer than it does. One that overlaps is launched with ``launch_pdl``, and each of its programs calls
+``gdc_wait`` before it reads or writes what other kernels know of; from there on all that came before is done. When it
+may be launched, the kernel before says with ``gdc_launch_dependents``: here at once. Kernels of many programs, which
+read weights, only say so themselves: launched early they were slower on an H200.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["gdc_launch_dependents", "gdc_wait", "overlaps"]
+
+
+@functools.cache
+def overlaps() -> bool:
+    """Whether kernels can overlap on this machine: from compute capability 9.0 on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
