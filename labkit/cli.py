@@ -299,9 +299,10 @@ def serve(
     from labkit.serving.knobs import deployment_from
 
     served = deployment_from(model, deployment, as_first_deployed, knobs or [], at_full_speed)
+    from labkit.models.directory import name_of
     from labkit.serving.options import ServerOptions
     from labkit.serving.schedule import Schedule
-    from labkit.serving.server import Where, default_temperature, end_process, name_of
+    from labkit.serving.server import Where, default_temperature, end_process
     from labkit.serving.server import serve as run_server
 
     options = ServerOptions(

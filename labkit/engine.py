@@ -18,7 +18,16 @@ from labkit.deployment import Deployment
 from labkit.detokenize import TextStream, token_decoder
 from labkit.errors import UserError
 from labkit.models.loading import load_tokenizer
-from labkit.request import EngineStats, FinishReason, SamplingParams, TokenLogprob, TokenOutput
+from labkit.request import (
+    Delta,
+    EngineFailed,
+    EngineStats,
+    FinishReason,
+    QueueFull,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
 
 __all__ = [
     "AsyncEngine",
@@ -33,14 +42,6 @@ __all__ = [
 ]
 
 
-class QueueFull(Exception):
-    """As many requests wait as the deployment allows; the caller may try again later."""
-
-
-class EngineFailed(Exception):
-    """The engine is not there: still loading, stopped, or failed for the reason given."""
-
-
 @dataclass(frozen=True)
 class Completion:
     """One whole answer. ``token_ids`` holds the end-of-sequence token if there was one, ``text`` does not."""
@@ -50,17 +51,6 @@ class Completion:
     text: str
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What came of one answer since the last delta; the last one carries ``finish_reason``. ``text`` may be empty."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
     error: str | None = None
 
 

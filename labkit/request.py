@@ -60,6 +60,25 @@ class TokenOutput:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What came of one answer since the last delta; the last one carries ``finish_reason``. ``text`` may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class QueueFull(Exception):
+    """As many requests wait as the deployment allows; the caller may try again later."""
+
+
+class EngineFailed(Exception):
+    """The engine is not there: still loading, stopped, or failed for the reason given."""
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A reading of the engine, cheap enough to take many times a second. Counters only ever grow."""
 

@@ -13,11 +13,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from labkit.errors import UserError
-from labkit.experiments.claims import Evidence, Verdict, judge_facts
+from labkit.experiments.claims import Evidence, Verdict, judge_facts, not_testable
 from labkit.experiments.generator_tools import (
     ARTICLE,
     GENERATORS,
@@ -42,6 +42,10 @@ AGREES = 0.10
 """Numbers that differ by no more than this share agree."""
 MIX_AGREES = 0.05
 """The same of the shares of a mix, in points: whoever stops by the clock stops in the middle of it."""
+TOOLS_NEED = (
+    "both installed (`make peer-jmeter peer-locust` puts them into .venv-peers, as `make test-peers` does) and a "
+    "profile that runs them, cpu or h200"
+)
 SHOWS = 0.5
 """A freeze shows in a percentile that is at least this share of what users who come at a constant rate see."""
 
@@ -211,10 +215,12 @@ def judge_client(faults: Measurement, load: Measurement, frozen: Frozen) -> Verd
 def judge_tools(faults: Measurement, load: Measurement) -> Verdict:
     """C05: whether JMeter and Locust send the article's mix, and say of it what the server's log says. What did not run
     is not observable."""
+    rows = {tool: (faults.of(tool), load.of(tool)) for tool in (JMETER, LOCUST)}
+    if not any(row for pair in rows.values() for row in pair):
+        return not_testable("C05", "Neither JMeter nor Locust ran", TOOLS_NEED)
     facts: dict[str, bool | None] = {}
     evidence: list[Evidence] = []
-    for tool in (JMETER, LOCUST):
-        row, loaded = faults.of(tool), load.of(tool)
+    for tool, (row, loaded) in rows.items():
         counts = f"{tool} counts requests and successes within {AGREES:.0%} of the server's log"
         times = f"{tool}'s P50 and P95 at {load.users} users are within {AGREES:.0%} of it"
         facts[f"{tool} asks in the article's mix"] = None if row is None else _in_mix(row, faults)
@@ -222,7 +228,10 @@ def judge_tools(faults: Measurement, load: Measurement) -> Verdict:
         facts[times] = None if loaded is None else _same_latency(loaded)
         if loaded is not None:
             evidence += _latencies(loaded, tool)
-    return judge_facts("C05", facts, evidence)
+    verdict = judge_facts("C05", facts, evidence)
+    if None not in facts.values():
+        return verdict
+    return replace(verdict, reason=f"{verdict.reason} To observe all of it takes {TOOLS_NEED}.")
 
 
 def agree(said: float, true: float) -> bool:

@@ -77,6 +77,15 @@ def ladder(model: str = SHIPPED_MODEL, device: str = "cpu", **knobs: Any) -> lis
     return rungs
 
 
+def device_here() -> str:
+    """The device for a ``ladder`` on this machine: "cuda" where PyTorch can use a GPU, otherwise "cpu"."""
+    if not machine()["gpus"]:
+        return "cpu"  # said without PyTorch, which takes seconds to load
+    from labkit.runner.runner import torch_device
+
+    return torch_device("auto").type
+
+
 def check(rungs: Sequence[Rung]) -> None:
     """Raises ValueError unless every rung differs from the one before in the one knob it names, and no name comes
     twice."""

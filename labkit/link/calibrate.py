@@ -155,7 +155,9 @@ def calibrate(link: Link, seconds: float) -> Calibration:
         raise UserError(f"a calibration takes between 0.5 and 120 seconds, got {seconds!r}")
     before = link.relayed()
     with contextlib.ExitStack() as stack:
-        agents = {host: stack.enter_context(_agent(link, host)) for host in link.hosts}
+        with ThreadPoolExecutor(len(link.hosts)) as threads:
+            entered = threads.map(stack.enter_context, [_agent(link, host) for host in link.hosts])
+            agents = dict(zip(link.hosts, entered, strict=True))
         if link.mode == "delay only":
             return _delay_only(link, agents)
         first, last = agents[link.hosts[0]], agents[link.hosts[-1]]

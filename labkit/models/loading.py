@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from labkit.errors import UserError
 from labkit.kernels.rope import RopeTable
 from labkit.models.decoder import Decoder, Layer
+from labkit.models.directory import resolve_model
 from labkit.models.parallel import Parallel
 from labkit.models.quantized import (
     SUFFIXES,
@@ -30,7 +31,6 @@ from labkit.models.shape import ARCHITECTURES, ModelShape
 from labkit.models.tensors import TensorFiles, read_json, weight_files
 from labkit.models.weights import Place, checkpoint_places, may_be_ignored, random_tensors
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 ALONE = Parallel()
 Target = Tensor | QuantizedLinear
 M = TypeVar("M", bound=nn.Module)
@@ -43,26 +43,6 @@ class Checkpoint:
     path: Path
     shape: ModelShape
     eos_token_ids: frozenset[int]
-
-
-def resolve_model(model: str) -> Path:
-    """The directory of ``model``: itself if it is one, else the hub's files in the local cache, fetched where missing.
-
-    Raises UserError when it is neither.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    if Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise UserError(f"no model directory {model!r}; give one, or a hub id such as Qwen/Qwen2.5-0.5B")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client raises many kinds; each means that the files cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{model!r} is no directory, and the hub does not give it ({reason}); check the name"
-        ) from error
 
 
 def open_checkpoint(model: str) -> Checkpoint:

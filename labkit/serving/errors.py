@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from labkit.engine import EngineFailed, QueueFull
+from labkit.request import EngineFailed, QueueFull
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = "1"

@@ -10,8 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from labkit.engine import EngineFailed
-from labkit.request import FinishReason, TokenLogprob
+from labkit.request import EngineFailed, FinishReason, TokenLogprob
 from labkit.serving.intake import Service
 from labkit.serving.prompts import Work
 from labkit.serving.streams import MERGED, Choice, ReasoningSplitter, deltas

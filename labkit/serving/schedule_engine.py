@@ -10,9 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from labkit.deployment import Deployment
-from labkit.engine import Delta, QueueFull
-from labkit.models.loading import load_tokenizer
-from labkit.request import EngineStats, SamplingParams
+from labkit.request import Delta, EngineStats, QueueFull, SamplingParams
+from labkit.serving.light_tokenizer import light_tokenizer
 from labkit.serving.schedule import Schedule
 
 MAX_CONTEXT = 1 << 20
@@ -26,7 +25,7 @@ class ScheduleEngine:
     def __init__(self, deployment: Deployment, schedule: Schedule) -> None:
         """Loads the tokenizer only. Raises UserError for a model that is not there."""
         self.deployment, self.schedule = deployment, schedule
-        self.tokenizer = load_tokenizer(deployment.model)
+        self.tokenizer = light_tokenizer(deployment.model)
         self.core: Any = SimpleNamespace(max_context=deployment.max_context or MAX_CONTEXT)
         self.ready = False
         self.failed: str | None = None

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from labkit.deployment import Deployment
 from labkit.errors import UserError
-from labkit.models.loading import resolve_model
+from labkit.models.directory import resolve_model
 from labkit.serving.app import create_app
 from labkit.serving.extras import require_http3
 from labkit.serving.http import MOST_CONNECTIONS, listen, serve_app
@@ -31,6 +31,9 @@ from labkit.serving.options import ServerOptions
 from labkit.serving.schedule import Schedule
 from labkit.serving.schedule_engine import ScheduleEngine
 from labkit.serving.tls import Certificate, given_certificate, own_certificate
+
+if TYPE_CHECKING:
+    from labkit.engine import AsyncEngine
 
 PROGRESS_S = 2.0
 HARD_EXIT_S = 3.0
@@ -85,9 +88,7 @@ async def _serve(
     die_with_parent: bool,
     schedule: Schedule | None,
 ) -> int:
-    from labkit.engine import AsyncEngine
-
-    engine = AsyncEngine(deployment) if schedule is None else ScheduleEngine(deployment, schedule)
+    engine = _engine(deployment, schedule)
     service = Service.of(engine, options)
     stop = asyncio.Event()
     front, address = _fronts(service, where, stop, access_log)
@@ -121,6 +122,14 @@ async def _serve(
         if parent is not None:
             parent.cancel()
     return code
+
+
+def _engine(deployment: Deployment, schedule: Schedule | None) -> AsyncEngine | ScheduleEngine:
+    if schedule is not None:
+        return ScheduleEngine(deployment, schedule)
+    from labkit.engine import AsyncEngine  # brings PyTorch, without which a schedule is there in a tenth of the time
+
+    return AsyncEngine(deployment)
 
 
 def _fronts(
@@ -242,8 +251,3 @@ def default_temperature(model: str) -> float:
     except (OSError, ValueError):
         return 1.0
     return 0.0 if isinstance(config, dict) and config.get("do_sample") is False else 1.0
-
-
-def name_of(model: str) -> str:
-    """What clients call a model: a directory's name, or the hub id."""
-    return Path(model).resolve().name if Path(model).is_dir() else model

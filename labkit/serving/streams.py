@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from labkit.engine import Delta
-from labkit.request import TokenLogprob
+from labkit.request import Delta, TokenLogprob
 from labkit.serving.options import StreamingEngine
 from labkit.serving.prompts import Job
 

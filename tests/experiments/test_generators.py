@@ -172,9 +172,13 @@ def test_tools_that_did_not_run_decide_nothing() -> None:
     right = Measured(LOCUST, told(60), truth(), 1.0)
     absent = Measured(JMETER, absent="no Java")
     neither = measurement(absent)
-    assert generators.judge_tools(neither, neither).outcome == "not testable here"
+    none = generators.judge_tools(neither, neither)
+    assert none.outcome == "not testable here" and "Neither JMeter nor Locust ran" in none.reason
     one = measurement(right, absent)
-    assert generators.judge_tools(one, one).outcome == "partly"
+    half = generators.judge_tools(one, one)
+    assert half.outcome == "partly" and "JMeter asks in the article's mix: not observable here" in half.reason
+    assert all("`make peer-jmeter peer-locust`" in each.reason and "`make test-peers`" in each.reason
+               for each in (none, half))  # fmt: skip
     both = measurement(right, Measured(JMETER, told(60), truth(), 1.0))
     assert generators.judge_tools(both, both).outcome == "confirmed"
     other = Told(60, {}, (1.0,) * 60, mix={"short": 100})

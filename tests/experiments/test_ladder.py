@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from labkit.deployment import Deployment
 from labkit.experiments import ladder as module
@@ -27,6 +28,15 @@ def test_each_rung_turns_one_knob_from_the_first_deployment_to_the_best(device):
     else:
         gpu_only = {"attention", "cuda_graphs", "async_scheduling"}
         assert set(best.differs_in(default)) == gpu_only, "these make no difference here"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "found", "device"), [([], "cuda", "cpu"), (["one"], "cuda", "cuda"), (["one"], "cpu", "cpu")]
+)
+def test_the_device_is_what_pytorch_finds_where_there_is_a_gpu(monkeypatch, gpus, found, device):
+    monkeypatch.setattr(module, "machine", lambda: {"gpus": gpus})
+    monkeypatch.setattr("labkit.runner.runner.torch_device", lambda name: torch.device(found))
+    assert module.device_here() == device
 
 
 def test_knobs_hold_all_the_way_up():

@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 from labkit.cli import app
 from labkit.errors import UserError
+from labkit.models.directory import name_of
 from labkit.serving.http import listen
-from labkit.serving.server import default_temperature, name_of
+from labkit.serving.server import default_temperature
 
 START = [sys.executable, "-m", "labkit.cli", "serve"]
 

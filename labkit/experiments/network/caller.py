@@ -150,7 +150,7 @@ def _late_tokens(record: Record, plan: Schedule) -> list[float]:
 
 def upload_ms(host: str, port: int, prompt_bytes: int, chunks: int, chunked: bool, over_ms: float) -> float:
     """See ``Caller.uploads``. Raises OSError or HTTPException."""
-    body = _bodies(1, 4)[0].replace(b"hello", b"ledger " * (prompt_bytes // 7))
+    body = _bodies(1, 1)[0].replace(b"hello", b"ledger " * (prompt_bytes // 7))
     size = -(-len(body) // chunks)
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)

@@ -21,8 +21,8 @@ from labkit.experiments.network.caller import Seen
 from labkit.experiments.network.site import Site, Wire
 from labkit.link.edge import Edge
 from labkit.link.leg import Leg
+from labkit.models.directory import name_of
 from labkit.serving.schedule import Schedule
-from labkit.serving.server import name_of
 from labkit.traffic.target import Connections, Target
 from labkit.traffic.workload import Workload
 
