@@ -7,6 +7,7 @@ blocks of one sequence, once gathered, lie contiguous per head, which is what th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +72,11 @@ def paged_attention_reference(queries: Tensor, cache: Tensor, meta: AttentionMet
                 queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest, scale
             )
     else:
-        for alike in _alike(lengths[:first]):
-            rows = torch.tensor(alike)
-            longest = lengths[alike[-1]]
-            out[rows] = _decode_alike(
-                queries[rows], cache, meta.block_tables[rows], meta.contexts[rows], longest, scale
-            )
+        block_size = cache.shape[3]
+        if block_size not in meta.plans:
+            meta.plans[block_size] = [_together(meta, alike, block_size) for alike in _alike(lengths[:first])]
+        for group in meta.plans[block_size]:
+            out[group.rows] = _decode_together(queries[group.rows], cache, group, scale)
     begin = first
     for i in range(first, len(meta.query_lens)):
         end = begin + meta.query_lens[i]
@@ -181,21 +181,37 @@ def _alike(context_lens: list[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _decode_alike(
-    queries: Tensor, cache: Tensor, block_tables: Tensor, contexts: Tensor, longest: int, scale: float
-) -> Tensor:
-    """One query token per sequence, [sequences, heads, head_dim]; padded to the longest context where there are
-    several."""
-    if len(queries) == 1:
-        return _attend(queries, *_gather(cache, block_tables[0], longest), scale)
-    sequences, heads, head_dim = queries.shape
-    _, kv_heads, _, block_size, _ = cache.shape
+class Together(NamedTuple):
+    """Sequences that the CPU decodes in one call, each padded to the longest of them."""
+
+    rows: slice | Tensor
+    """Where they are in the step; all of them in order is a slice, of which no copies are made."""
+    blocks: Tensor
+    """[sequences * blocks of the longest] int32."""
+    mask: Tensor
+    """bool [sequences, 1, 1, tokens of those blocks]: which are in a sequence's context."""
+    longest: int
+
+
+def _together(meta: AttentionMetadata, alike: list[int], block_size: int) -> Together:
+    first, count = alike[0], len(alike)
+    in_order = alike == list(range(first, first + count))
+    rows = slice(first, first + count) if in_order else torch.tensor(alike)
+    longest = meta.context_lens[alike[-1]]
     used = -(-longest // block_size)
-    found = cache.index_select(2, block_tables[:, :used].reshape(-1))
-    keys, values = found.view(2, kv_heads, sequences, used * block_size, head_dim).transpose(1, 2)
-    mask = (torch.arange(used * block_size) < contexts[:, None])[:, None, None]
-    grouped = queries.view(sequences, kv_heads, -1, head_dim)
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    mask = torch.arange(used * block_size) < meta.contexts[rows][:, None]
+    return Together(rows, meta.block_tables[rows, :used].reshape(-1), mask[:, None, None], longest)
+
+
+def _decode_together(queries: Tensor, cache: Tensor, group: Together, scale: float) -> Tensor:
+    """One query token per sequence, [sequences, heads, head_dim]."""
+    sequences, heads, head_dim = queries.shape
+    if sequences == 1:
+        return _attend(queries, *_gather(cache, group.blocks, group.longest), scale)
+    found = cache.index_select(2, group.blocks)
+    keys, values = found.view(2, cache.shape[1], sequences, -1, head_dim).transpose(1, 2)
+    grouped = queries.view(sequences, cache.shape[1], -1, head_dim)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
     return out.view(sequences, heads, head_dim)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -31,3 +32,5 @@ class AttentionMetadata:
     """How many sequences, all at the front, have a single new token that is attended to by the decode kernel."""
     triton: bool = True
     """Whether CUDA attends with this project's kernels; if not, with PyTorch's."""
+    plans: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What is worked out in one layer and serves all: by the size of the cache's blocks."""

@@ -55,7 +55,7 @@ def _fail(record: Record, kind: str, message: str) -> None:
 
 
 def _wire(target: Target) -> Wire:
-    # Each transport loads only what it needs: gRPC's library alone takes longer to load than the rest of a client.
+    # Each transport loads only what it needs: a client starts in a process of its own, and more than once a run.
     if target.transport in ("http/1.1", "http/1.1 close"):
         from labkit.traffic.client_http1 import Http1
 
