@@ -74,7 +74,8 @@ def paged_attention_reference(queries: Tensor, cache: Tensor, meta: AttentionMet
     else:
         block_size = cache.shape[3]
         if block_size not in meta.plans:
-            meta.plans[block_size] = [_together(meta, alike, block_size) for alike in _alike(lengths[:first])]
+            alike = _alike(lengths[:first])
+            meta.plans[block_size] = [_together(meta, each, block_size, queries.dtype) for each in alike]
         for group in meta.plans[block_size]:
             out[group.rows] = _decode_together(queries[group.rows], cache, group, scale)
     begin = first
@@ -189,17 +190,18 @@ class Together(NamedTuple):
     blocks: Tensor
     """[sequences * blocks of the longest] int32."""
     mask: Tensor
-    """bool [sequences, 1, 1, tokens of those blocks]: which are in a sequence's context."""
+    """[sequences, 1, 1, tokens of those blocks], to be added to the scores: 0 in a sequence's context, -inf past it."""
     longest: int
 
 
-def _together(meta: AttentionMetadata, alike: list[int], block_size: int) -> Together:
+def _together(meta: AttentionMetadata, alike: list[int], block_size: int, dtype: torch.dtype) -> Together:
     first, count = alike[0], len(alike)
     in_order = alike == list(range(first, first + count))
     rows = slice(first, first + count) if in_order else torch.tensor(alike)
     longest = meta.context_lens[alike[-1]]
     used = -(-longest // block_size)
-    mask = torch.arange(used * block_size) < meta.contexts[rows][:, None]
+    past = torch.arange(used * block_size) >= meta.contexts[rows][:, None]
+    mask = torch.zeros(past.shape, dtype=dtype).masked_fill_(past, float("-inf"))
     return Together(rows, meta.block_tables[rows, :used].reshape(-1), mask[:, None, None], longest)
 
 
@@ -208,9 +210,11 @@ def _decode_together(queries: Tensor, cache: Tensor, group: Together, scale: flo
     sequences, heads, head_dim = queries.shape
     if sequences == 1:
         return _attend(queries, *_gather(cache, group.blocks, group.longest), scale)
-    found = cache.index_select(2, group.blocks)
-    keys, values = found.view(2, cache.shape[1], sequences, -1, head_dim).transpose(1, 2)
-    grouped = queries.view(sequences, cache.shape[1], -1, head_dim)
+    _, kv_heads, blocks, _, _ = cache.shape
+    # A block as one run of numbers: PyTorch copies those a third faster than the same as a matrix.
+    found = cache.view(2 * kv_heads, blocks, -1).index_select(1, group.blocks)
+    keys, values = found.view(2, kv_heads, sequences, -1, head_dim).transpose(1, 2)
+    grouped = queries.view(sequences, kv_heads, -1, head_dim)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
     return out.view(sequences, heads, head_dim)
 
