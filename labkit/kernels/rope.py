@@ -326,9 +326,8 @@ def _case(head_dim: int, normed: bool) -> CompileCase:
     pointers |= {"slots_ptr": "*i64"} | ({"q_norm_ptr": norm, "k_norm_ptr": norm} if normed else {})
     sizes = {"heads": "i32", "kv_heads": "i32", "cache_plane_stride": "i64:16", "cache_head_stride": "i64:16"}
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "ROTARY": head_dim, "PAIRS": pairs, "HEADS": heads}
-    constants |= {"NORMED": normed, "REST": 1, "OVERLAP": True} | (
-        {} if normed else {"q_norm_ptr": None, "k_norm_ptr": None}
-    )
+    constants |= {"NORMED": normed, "REST": 1, "OVERLAP": True}
+    constants |= {} if normed else {"q_norm_ptr": None, "k_norm_ptr": None}
     name = f"rope write {head_dim}{' with norms' if normed else ''}"
     return CompileCase(name, _rope_write, {**pointers, **sizes, "eps": "fp32"}, constants, num_warps=warps)
 

@@ -7,7 +7,6 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Iterator
 from enum import IntEnum
 from urllib.parse import unquote
 
@@ -15,14 +14,9 @@ from google.protobuf.message import DecodeError
 
 from labkit.traffic.answer import Answer, Record
 from labkit.traffic.client_http2 import Headers, Http2, Stream
+from labkit.traffic.grpc_messages import METHOD, framed, take_messages
 from labkit.wire.generation_pb2 import GenerateChunk, GenerateRequest, Message
 
-METHOD = "/labkit.v1.Generation/Generate"
-
-PREFIX_BYTES = 5
-"""Before each message: a byte that is 1 if it is compressed, and four for its length."""
-MOST_MESSAGE_BYTES = 2**24
-"""Of an answer. A chunk has some tokens; what claims to be larger is garbage, and would be waited for in vain."""
 MOST_TIMEOUT_MS = 10**8 - 1
 """``grpc-timeout`` has eight digits."""
 
@@ -90,31 +84,6 @@ def to_request(body: bytes, request_id: str) -> GenerateRequest:
     if asked.get("temperature") is not None:
         request.temperature = asked["temperature"]
     return request
-
-
-def framed(message: bytes) -> bytes:
-    """A message as it goes into a stream, uncompressed."""
-    return b"\0" + len(message).to_bytes(PREFIX_BYTES - 1, "big") + message
-
-
-def take_messages(buffer: bytearray) -> Iterator[bytes]:
-    """The whole messages at the beginning of ``buffer``, which are taken from it. Raises ValueError for one that is
-    compressed (nothing but identity is offered) or larger than MOST_MESSAGE_BYTES, at once."""
-    start = 0
-    try:
-        while len(buffer) - start >= PREFIX_BYTES:
-            if buffer[start]:
-                raise ValueError(f"a compressed message (flag {buffer[start]}), and no compression was offered")
-            body = start + PREFIX_BYTES
-            length = int.from_bytes(buffer[start + 1 : body], "big")
-            if length > MOST_MESSAGE_BYTES:
-                raise ValueError(f"a message of {length} bytes; at most {MOST_MESSAGE_BYTES} are taken")
-            if len(buffer) < body + length:
-                return
-            start = body + length
-            yield bytes(buffer[body:start])
-    finally:
-        del buffer[:start]
 
 
 class GrpcAnswer(Answer):

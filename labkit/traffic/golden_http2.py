@@ -17,11 +17,9 @@ from h2.exceptions import ProtocolError
 
 from labkit.traffic.golden_http1 import Begin, page
 from labkit.traffic.golden_play import Play, StreamVoice, Voice
+from labkit.traffic.grpc_messages import METHOD, framed, take_messages
 from labkit.traffic.http2 import Header, Inbox, Outbox, open_connection
 from labkit.wire.generation_pb2 import GenerateChunk, GenerateRequest, Usage
-
-PREFIX_BYTES = 5
-"""Before each gRPC message: a byte for compression and four for its length."""
 
 STATUS = {"4xx": 3, "429": 8, "503": 14, "5xx": 13}
 """gRPC's numbers: INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNAVAILABLE, INTERNAL."""
@@ -107,9 +105,9 @@ class Http2Peer(asyncio.Protocol):
         if path == "/v1/chat/completions":
             voice: Voice = Http2Voice(self, number)
             request_id, stream = headers.get(b"x-request-id", b"").decode(), bool(json.loads(body).get("stream"))
-        elif path == "/labkit.v1.Generation/Generate":
+        elif path == METHOD:
             voice = GrpcVoice(self, number)
-            request_id, stream = GenerateRequest.FromString(bytes(body[PREFIX_BYTES:])).request_id, True
+            request_id, stream = GenerateRequest.FromString(next(take_messages(body))).request_id, True
         else:
             self._other(path, number)
             return
@@ -158,7 +156,7 @@ class GrpcVoice(Voice):
         self._peer.headers(self._number, [(b":status", b"200"), (b"content-type", b"application/grpc")])
 
     def message(self, message: bytes) -> None:
-        self._peer.data(self._number, b"\x00" + len(message).to_bytes(4, "big") + message)
+        self._peer.data(self._number, framed(message))
 
     def tokens(self, text: str, count: int, reasoning: bool) -> None:
         chunk = GenerateChunk(tokens=count, reasoning=text) if reasoning else GenerateChunk(tokens=count, text=text)

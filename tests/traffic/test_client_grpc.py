@@ -12,7 +12,8 @@ from h2.events import DataReceived, RequestReceived, StreamEnded
 
 from labkit.traffic.answer import Record
 from labkit.traffic.client import Client
-from labkit.traffic.client_grpc import MOST_MESSAGE_BYTES, PREFIX_BYTES, GrpcAnswer, Status, framed
+from labkit.traffic.client_grpc import GrpcAnswer, Status
+from labkit.traffic.grpc_messages import MOST_MESSAGE_BYTES, PREFIX_BYTES, framed
 from labkit.traffic.target import Target
 from labkit.wire.generation_pb2 import GenerateChunk, GenerateRequest, Usage
 
