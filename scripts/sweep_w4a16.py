@@ -103,8 +103,12 @@ def sweep(product: Product, pool: ProcessPoolExecutor, shown: int) -> None:
 
 
 def product_of(rows: int, text: str) -> Product:
+    """Raises ValueError for what is none, and for sizes that the largest cuts do not divide."""
     outputs, inputs = map(int, text.removesuffix("s").split("x"))
-    return Product(rows, outputs, inputs, text.endswith("s"))
+    silu = text.endswith("s")
+    if not 1 <= rows <= 16 or min(outputs, inputs) < 1 or outputs % (128 if silu else 64) or inputs % 128:
+        raise ValueError(text)
+    return Product(rows, outputs, inputs, silu)
 
 
 def main() -> None:
@@ -113,9 +117,15 @@ def main() -> None:
     parser.add_argument("--matrices", default=MATRICES, help="(default: %(default)s)")
     parser.add_argument("--shown", type=int, default=5, help="cuts to show of each (default: %(default)s)")
     given = parser.parse_args()
+    try:
+        products = [product_of(int(rows), each) for rows in given.rows.split(",") for each in given.matrices.split(",")]
+    except ValueError as error:
+        parser.error(
+            f"rows are from 1 to 16, matrices like 8192x8192 or 37888x3584s, with outputs in 64s (128s before a gate) "
+            f"and inputs in 128s; this is not: {error}"
+        )
     if not torch.cuda.is_available():
         raise SystemExit("the sweep needs a CUDA device: what it times are kernels for a GPU")
-    products = [product_of(int(rows), each) for rows in given.rows.split(",") for each in given.matrices.split(",")]
     with ProcessPoolExecutor(min(14, os.cpu_count() or 1), get_context("spawn")) as pool:
         for product in products:
             sweep(product, pool, given.shown)

@@ -35,3 +35,13 @@ def test_without_a_gpu_it_says_that_it_needs_one() -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(SCRIPT)], env=hidden, capture_output=True, text=True)
     assert done.returncode == 1 and "needs a CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [["--matrices", "8192"], ["--matrices", "100x256"], ["--rows", "17"], ["--rows", "x"]]
+)
+def test_what_is_no_matrix_is_told_how_one_is_written(given, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep", *given])
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main()
+    assert stopped.value.code == 2 and "like 8192x8192" in capsys.readouterr().err
