@@ -11,6 +11,7 @@ import typer
 from labkit.bench.cli import bench
 from labkit.errors import UserError
 from labkit.evaluation.cli import evaluate
+from labkit.interrupt import told_on_interrupt
 from labkit.link.cli import link
 from labkit.quantizer.cli import quantize
 from labkit.training.cli import distill, train
@@ -134,24 +135,20 @@ def load(
     store = RunStore(runs)
     for rest in store.unfinished():
         print(f"labkit: an earlier run did not end: {rest}", file=sys.stderr)
-    try:
-        with showing_progress(name) as progress:
-            run = record_load(
-                url,
-                workload,
-                store,
-                model,
-                api_key=api_key,
-                transport=transport,
-                connections=parse_connections(connections),
-                cafile=None if cafile is None else str(cafile),
-                processes=processes,
-                calibrated=calibrate,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        print("labkit: interrupted; nothing of this run was kept", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with told_on_interrupt("nothing of this run was kept"), showing_progress(name) as progress:
+        run = record_load(
+            url,
+            workload,
+            store,
+            model,
+            api_key=api_key,
+            transport=transport,
+            connections=parse_connections(connections),
+            cafile=None if cafile is None else str(cafile),
+            processes=processes,
+            calibrated=calibrate,
+            progress=progress,
+        )
     print(summary_text(run, limit))
     print(f"kept as {run.path}")
 

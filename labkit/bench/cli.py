@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from labkit.errors import UserError
+from labkit.interrupt import told_on_interrupt
 
 SHAPES = Path(__file__).resolve().parent.parent.parent / "data" / "shapes"
 
@@ -94,11 +95,8 @@ def bench(
         profile=profile,
         profile_host=profile_host,
     )
-    try:
+    with told_on_interrupt(f"what was measured is kept under {runs}"):
         run = run_bench(options, RunStore(runs), lambda line: print(line, file=sys.stderr, flush=True), only or ())
-    except KeyboardInterrupt:
-        print(f"labkit: interrupted; what was measured is kept under {runs}", file=sys.stderr)
-        raise typer.Exit(130) from None
     print(f"\n{table(rows_of(run))}")
     print(f"kept as {run.path}")
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from labkit.interrupt import told_on_interrupt
+
 if TYPE_CHECKING:
     from labkit.quantizer.report import Report
 
@@ -64,11 +66,8 @@ def quantize(
         dtype=dtype or ("bfloat16" if chosen.startswith("cuda") else "float32"),
         random_weights=random_weights,
     )
-    try:
+    with told_on_interrupt("the same command goes on after the last finished layer"):
         report = run_quantization(options, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except KeyboardInterrupt:
-        print("labkit: interrupted; the same command goes on after the last finished layer", file=sys.stderr)
-        raise typer.Exit(130) from None
     _show(report)
     print(f"written to {out}")
 

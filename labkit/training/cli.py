@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from labkit.errors import UserError
-
-if TYPE_CHECKING:
-    from labkit.training.trainer import Trained
+from labkit.interrupt import told_on_interrupt
 
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps at most.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Seconds at most, compiling included.")]
@@ -100,7 +96,8 @@ def train(
         processes=_writers(processes),
     )
     kept = checkpoints or _beside(out)
-    _interruptible(lambda: run_training(options, out, kept, runs, resume, say=_say), kept)
+    with told_on_interrupt(_to_go_on(kept)):
+        run_training(options, out, kept, runs, resume, say=_say)
 
 
 def distill(
@@ -182,7 +179,8 @@ def distill(
         processes=_writers(processes),
     )
     kept = checkpoints or _beside(out)
-    _interruptible(lambda: run_distillation(options, teacher, out, kept, runs, resume, say=_say), kept)
+    with told_on_interrupt(_to_go_on(kept)):
+        run_distillation(options, teacher, out, kept, runs, resume, say=_say)
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
@@ -212,9 +210,5 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _interruptible(work: Callable[[], Trained], checkpoints: Path) -> None:
-    try:
-        work()
-    except KeyboardInterrupt:
-        print(f"labkit: interrupted; --resume goes on from the newest checkpoint in {checkpoints}", file=sys.stderr)
-        raise typer.Exit(130) from None
+def _to_go_on(checkpoints: Path) -> str:
+    return f"--resume goes on from the newest checkpoint in {checkpoints}"

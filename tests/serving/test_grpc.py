@@ -133,7 +133,7 @@ def test_a_client_that_leaves_frees_what_it_held(helpers: Any, engine: Any, how:
             channel.close()
         assert helpers.eventually(lambda: engine.running == 0, 10.0)
         assert engine.produced < 15_000, "an answer that nobody reads was taken in whole"
-        kind = {"deadline": "deadline", "not reading": "client_not_reading"}.get(how, "client_gone")
+        kind = "client_not_reading" if how == "not reading" else "client_gone"
         assert helpers.eventually(lambda: outcomes() == {("cancelled",): 1, (kind,): 1})
 
 
