@@ -63,21 +63,19 @@ def paged_attention_triton(queries: Tensor, cache: Tensor, meta: AttentionMetada
 def paged_attention_reference(queries: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
     """Chunks one by one. Decodes in padded batches on CUDA, where launches cost more than padding; on the CPU, where
     padding costs more, those together whose contexts are short and about as long."""
-    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     lengths, first = meta.context_lens, meta.decodes
+    groups = [] if queries.is_cuda else _groups(meta, cache.shape[3], queries.dtype)
+    if len(groups) == 1 and first == len(lengths) and isinstance(groups[0].rows, slice):
+        return _decode_together(queries, cache, groups[0], scale)
+    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
     if queries.is_cuda:
         for piece in _pieces(lengths[:first], DECODE_BATCH_TOKENS):
             longest = max(lengths[piece])
             out[piece] = _decode_batch(
                 queries[piece], cache, meta.block_tables[piece], meta.contexts[piece], longest, scale
             )
-    else:
-        block_size = cache.shape[3]
-        if block_size not in meta.plans:
-            alike = _alike(lengths[:first])
-            meta.plans[block_size] = [_together(meta, each, block_size, queries.dtype) for each in alike]
-        for group in meta.plans[block_size]:
-            out[group.rows] = _decode_together(queries[group.rows], cache, group, scale)
+    for group in groups:
+        out[group.rows] = _decode_together(queries[group.rows], cache, group, scale)
     begin = first
     for i in range(first, len(meta.query_lens)):
         end = begin + meta.query_lens[i]
@@ -192,6 +190,15 @@ class Together(NamedTuple):
     mask: Tensor
     """[sequences, 1, 1, tokens of those blocks], to be added to the scores: 0 in a sequence's context, -inf past it."""
     longest: int
+
+
+def _groups(meta: AttentionMetadata, block_size: int, dtype: torch.dtype) -> list[Together]:
+    """The sequences that decode, in groups; worked out in the first layer for all."""
+    if block_size not in meta.plans:
+        alike = _alike(meta.context_lens[: meta.decodes])
+        meta.plans[block_size] = [_together(meta, each, block_size, dtype) for each in alike]
+    found: list[Together] = meta.plans[block_size]
+    return found
 
 
 def _together(meta: AttentionMetadata, alike: list[int], block_size: int, dtype: torch.dtype) -> Together:

@@ -137,28 +137,32 @@ def rope_write_reference(
     """The definition of ``rope_write``; rotates in float32 and rounds once."""
     _, kv_heads, blocks, block_size, head_dim = cache.shape
     each = qkv.view(len(qkv), heads + 2 * kv_heads, head_dim)
-    queries_keys, values = each[:, : heads + kv_heads], each[:, heads + kv_heads :]
     if q_norm is not None and k_norm is not None:
-        queries, keys = queries_keys.split((heads, kv_heads), dim=1)
-        queries_keys = torch.cat((rms_norm_reference(queries, q_norm, eps), rms_norm_reference(keys, k_norm, eps)), 1)
-    rotated = _rotate(queries_keys, table[positions])
-    flat = cache.view(2, kv_heads, blocks * block_size, head_dim)
-    keys = rotated[:, heads:]
-    written = slots >= 0
-    if not written.all():
-        slots, keys, values = slots[written], keys[written], values[written]
-    flat[0].index_copy_(1, slots, keys.transpose(0, 1))
-    flat[1].index_copy_(1, slots, values.transpose(0, 1))
-    return rotated[:, :heads]
+        for part, norm in ((each[:, :heads], q_norm), (each[:, heads : heads + kv_heads], k_norm)):
+            part.copy_(rms_norm_reference(part, norm, eps))
+    _rotate(each[:, : heads + kv_heads], table.index_select(0, positions))
+    written, rows = each[:, heads:], cache.view(2 * kv_heads, blocks * block_size, head_dim)
+    if len(slots) and slots.min() < 0:
+        written, slots = written[slots >= 0], slots[slots >= 0]
+    rows.index_copy_(1, slots, written.transpose(0, 1))
+    return each[:, :heads]
 
 
-def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotates the first rotary_dim elements of x [tokens, heads, head_dim] by cos_sin [tokens, rotary_dim]."""
+def _rotate(x: Tensor, cos_sin: Tensor) -> None:
+    """Rotates the first rotary_dim elements of x [tokens, heads, head_dim], in place, by cos_sin [tokens, rotary_dim].
+
+    Every operation on a few tokens costs a CPU about the same: these are the fewest.
+    """
     half = cos_sin.shape[-1] // 2
     cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    turned = x[..., : 2 * half]
+    wide = turned.float()
+    first, second = wide[..., :half], wide[..., half:]
+    before = first.clone()
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).addcmul_(before, sin)
+    if wide is not turned:
+        turned.copy_(wide)
 
 
 def rope_interleaved(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
@@ -174,7 +178,9 @@ def rope_interleaved(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
 
 def rope_interleaved_reference(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """The definition of ``rope_interleaved``; rotates in float32 and rounds once."""
-    return _rotate(torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1), table[positions])
+    halves = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+    _rotate(halves, table.index_select(0, positions))
+    return halves
 
 
 def rope_write_triton(
