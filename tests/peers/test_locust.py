@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -93,5 +92,8 @@ def test_its_web_page_shows_the_user(command):
         try:
             assert "LedgerUser" in shown(f"http://127.0.0.1:{port}")
         finally:
-            page.send_signal(signal.SIGINT)
-            page.wait(20)
+            page.terminate()
+            try:
+                page.wait(20)
+            finally:
+                page.kill()
