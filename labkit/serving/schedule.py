@@ -27,10 +27,10 @@ class Schedule:
         """From ``ttft_ms=50,itl_ms=20,tokens=256``, each of which may be left out. Raises UserError."""
         kinds = {field.name: int if field.name == "tokens" else float for field in fields(cls)}
         try:
-            given = dict(part.split("=", 1) for part in text.split(",") if part)
+            given = {name: value for name, _, value in (part.partition("=") for part in text.split(",") if part)}
             if unknown := set(given) - set(kinds):
                 raise ValueError(f"no such setting: {', '.join(sorted(unknown))}")
-            return cls(**{name: kinds[name](value) for name, value in given.items()})  # type: ignore[arg-type]
+            return cls(**{name: _number(name, value, kinds[name]) for name, value in given.items()})  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(f"a schedule is written ttft_ms=50,itl_ms=20,tokens=256; got {text!r}: {error}") from error
 
@@ -68,3 +68,10 @@ def lateness_s(schedule: Schedule, chunks: list[tuple[float, str]]) -> list[floa
     if rest:
         raise ValueError(f"the stream ends within a token: {rest!r}")
     return late
+
+
+def _number(name: str, text: str, kind: type[int | float]) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a {'whole ' if kind is int else ''}number; got {text!r}") from None

@@ -51,11 +51,18 @@ def get_json(target: Target, path: str, timeout_s: float = ASK_TIMEOUT_S) -> tup
         raise UserError(f"the host {target.host} is not known: {error.strerror}; mend the address") from error
     except (OSError, http.client.HTTPException) as error:
         why = str(error) or type(error).__name__
-        raise UserError(f"the server at {target.authority} does not answer: {why}") from error
+        raise _silent(target, why) from error
     try:
         return status, json.loads(body)
     except ValueError:
         return status, None
+
+
+def _silent(target: Target, why: str) -> UserError:
+    return UserError(
+        f"the server at {target.authority} does not answer over {target.transport}: {why}; "
+        "is that what it speaks? (http://, h2c://, https:// or grpc://)"
+    )
 
 
 def _get_http1(target: Target, path: str, timeout_s: float) -> tuple[int, bytes]:
@@ -151,7 +158,7 @@ def _grpc_health(target: Target) -> None:
                 raise UserError(
                     f"no server listens at {target.authority}; start one (labkit serve) or mend the address"
                 ) from error
-            raise UserError(f"the server at {target.authority} does not answer over gRPC: {words}") from error
+            raise _silent(target, words) from error
     if answer.status != HealthCheckResponse.SERVING:
         raise UserError(
             f"the server at {target.authority} is not ready yet (its health service says so); try again later"

@@ -36,7 +36,9 @@ def test_a_certificate_over_http3_that_is_not_trusted_is_said(certificate, capfd
 
 
 def test_the_wrong_protocol_is_said():
-    with Golden() as golden, pytest.raises(UserError, match="does not answer"):
+    with Golden() as golden, pytest.raises(UserError, match="answer over http/2: .* what it speaks"):
         get_json(Target.parse(golden.url.replace("http:", "h2c:")), "/health", timeout_s=0.5)
-    with Golden(transport="http/2") as golden, pytest.raises(UserError, match="does not answer"):
+    with Golden(transport="http/2") as golden, pytest.raises(UserError, match="answer over http/1.1: "):
         get_json(Target.parse(golden.url.replace("h2c:", "http:")), "/health", timeout_s=0.5)
+    with Golden() as golden, pytest.raises(UserError, match="answer over grpc: .* what it speaks"):
+        server_model(Target.parse(golden.url.replace("http:", "grpc:")))

@@ -46,7 +46,7 @@ def test_the_mix_is_asked_for_by_its_bytes(site):
 
 def test_streams_that_fail_make_a_run_that_does_not_count(site):
     table = sweeps.by_streams(site, [(Way("http/2 tls", 1), 2)], [Leg(RTT_MS)], PLAN, 1, print)
-    assert table["invalid"][0] == "" or "relay" in table["invalid"][0]
+    assert table["failures"][0] == 0 and "such as" not in table["invalid"][0]  # the link itself may be off
     seen, wire = site.watched(lambda: site.caller.streams(site.target("http/2 tls"), 2, PLAN, model="another"))
     row = sweeps._row(Way("http/2 tls"), 2, 0, Leg(RTT_MS), seen, wire)
     assert row["failures"] == 2 and "such as: 4xx" in row["invalid"]
