@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -46,9 +47,10 @@ def test_the_mix_is_asked_for_by_its_bytes(site):
 
 def test_streams_that_fail_make_a_run_that_does_not_count(site):
     table = sweeps.by_streams(site, [(Way("http/2 tls", 1), 2)], [Leg(RTT_MS)], PLAN, 1, print)
-    assert table["failures"][0] == 0 and "such as" not in table["invalid"][0]  # the link itself may be off
+    assert table["failures"][0] == 0 and "such as" not in table["invalid"][0]
     seen, wire = site.watched(lambda: site.caller.streams(site.target("http/2 tls"), 2, PLAN, model="another"))
-    row = sweeps._row(Way("http/2 tls"), 2, 0, Leg(RTT_MS), seen, wire)
+    as_asked = dataclasses.replace(wire, invalid="")  # on a slow machine the link is off, which would be said first
+    row = sweeps._row(Way("http/2 tls"), 2, 0, Leg(RTT_MS), seen, as_asked)
     assert row["failures"] == 2 and "such as: 4xx" in row["invalid"]
 
 
