@@ -5,12 +5,12 @@
 set -euo pipefail
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 OUT=${OUT:-build/out} WORK=${WORK:-/tmp/ledger-r1-mini} TEACHER=${TEACHER:-data/models/ledger-r1}
-CANDIDATES=${CANDIDATES:-4x256} SECONDS_LIMIT=${SECONDS_LIMIT:-500} TIME_LIMIT=${TIME_LIMIT:-590}
+CANDIDATES=${CANDIDATES:-4x192} SECONDS_LIMIT=${SECONDS_LIMIT:-500} TIME_LIMIT=${TIME_LIMIT:-590}
 PROBLEMS=${PROBLEMS:-1000} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python3}
 declare -A SHAPES=(
-  [4x256]="" # the preset
+  [4x192]="" # the preset
+  [4x256]="--layers 4 --hidden 256 --heads 8 --kv-heads 2 --intermediate 512"
   [3x256]="--layers 3 --hidden 256 --heads 8 --kv-heads 2 --intermediate 512"
-  [4x192]="--layers 4 --hidden 192 --heads 6 --kv-heads 2 --intermediate 512"
 )
 mkdir -p "$OUT" "$WORK"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -55,7 +56,7 @@ def make_timer(call: Call, sets: Sequence[tuple[Any, ...]], device: torch.device
     calls = max(1, int(REPLAY_S / max(once * len(sets), 1e-7))) * len(sets)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with _capture(graph):
             for i in range(calls):
                 call(*sets[i % len(sets)])
     except RuntimeError:
@@ -69,10 +70,17 @@ def _forget_capture() -> None:
     """A capture that failed leaves the random generators in it, where they would refuse to work; one that ends frees
     them."""
     torch.cuda.synchronize()
+    with _capture(torch.cuda.CUDAGraph()):
+        pass
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Without the warning that nothing was captured: of a call that cannot be, or on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            pass
+        with torch.cuda.graph(graph):
+            yield
 
 
 def _timed(work: Callable[[], object]) -> float:

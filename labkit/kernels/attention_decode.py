@@ -169,8 +169,8 @@ def _decode(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + sequence)
     chunk = _chunk_of(context, tl.num_programs(2), TILE, CHUNK)
@@ -238,8 +238,8 @@ def _combine(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Weighs the parts of one query head by their sums, which are brought to a common maximum."""
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     sequence, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(contexts + sequence)
     used = tl.cdiv(context, _chunk_of(context, splits, TILE, CHUNK))

@@ -45,6 +45,8 @@ class CompileCase:
     num_stages: int = 3
     hgmma: bool = False
     """Whether the kernel must use Hopper's tensor core instruction."""
+    spills: int = 0
+    """Bytes of a thread that may be spilled, where a configuration was measured to be the fastest all the same."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def build(case: CompileCase) -> Build:
     code = _dump(compiled.asm["cubin"], "--dump-sass") if case.hgmma else None
     hgmma, tma = (None, None) if code is None else (code.count("HGMMA"), len(re.findall(r"\bUTMA", code)))
     faults = []
-    if spilled:
+    if spilled > case.spills:
         faults.append(f"spills {spilled} bytes a thread")
     if shared > SHARED_LIMIT:
         faults.append(f"wants {shared} bytes of shared memory, of {SHARED_LIMIT}")

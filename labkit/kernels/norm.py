@@ -97,14 +97,13 @@ def _norm(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_launch_dependents()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < tokens) & (column < hidden)
     weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0, eviction_policy="evict_last")
     if OVERLAP:
         gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0, eviction_policy="evict_first")
     wide = x.to(tl.float32)
     if RESIDUAL:

@@ -2,9 +2,12 @@
 
 A small kernel between large ones, such as a norm, otherwise waits for the GPU to be empty and is launched then, which
 takes longer than it does. One that overlaps is launched with ``launch_pdl``, and each of its programs calls
-``gdc_wait`` before it reads or writes what other kernels know of; from there on all that came before is done. When it
-may be launched, the kernel before says with ``gdc_launch_dependents``: here at once. Kernels of many programs, which
-read weights, only say so themselves: launched early they were slower on an H200.
+``gdc_wait`` before it reads or writes what other kernels know of; from there on all that came before is done. The
+kernel before says with ``gdc_launch_dependents`` when it may be launched.
+
+When that is decides whether it pays, measured on an H200. A small kernel says so only after its own wait: if it did
+before, the kernel after it would take place and bandwidth from the large one before it. A product of a few rows says so
+when its loop over the weights is done, and itself has its first weights under way while it waits.
 """
 
 from __future__ import annotations

@@ -252,8 +252,8 @@ def _rope_write(  # type: ignore[no-untyped-def]
 ):
     HALF: tl.constexpr = ROTARY // 2
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]

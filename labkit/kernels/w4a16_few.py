@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit.kernels.compile_check import CompileCase
-from labkit.kernels.overlap import gdc_launch_dependents, overlaps
+from labkit.kernels.overlap import gdc_launch_dependents, gdc_wait, overlaps
 from labkit.kernels.w4a16_layout import Packed
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -37,6 +37,7 @@ def few_triton(x: Tensor, packed: Packed, bias: Tensor | None = None, silu: bool
 def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few) -> Tensor:
     rows, inputs = x.shape
     outputs = packed.outputs // 2 if silu else packed.outputs
+    cut = fitted(cut, outputs, silu)
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     programs = triton.cdiv(outputs, (cut.tiles // 2 if silu else cut.tiles) * 16)
     # the parts of each program's sums: [program, split, output, row]
@@ -46,9 +47,15 @@ def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few)
         x, packed.words, packed.scales, bias, out, parts, packed.arrivals, rows, outputs, INPUTS=inputs,
         BLOCKS=packed.words.shape[1], BIAS=bias is not None, SILU=silu, ROWS=padded(rows), TILES=cut.tiles,
         WARPS=cut.warps, DEPTH=cut.depth, SPLITS=cut.splits, ASSEMBLY=not INTERPRETED,
-        OVERLAP=overlaps(), num_warps=cut.warps,
+        OVERLAP=overlaps(), launch_pdl=overlaps(), num_warps=cut.warps,
     )  # fmt: skip
     return out
+
+
+def fitted(cut: Few, outputs: int, silu: bool) -> Few:
+    """The cut with the fewest tiles where its own do not divide the outputs: the last program would read past them."""
+    each = cut.tiles // 2 if silu else cut.tiles
+    return replace(cut, tiles=2 if silu else 1) if outputs % (16 * each) else cut
 
 
 def padded(rows: int) -> int:
@@ -63,7 +70,7 @@ def tuning(rows: int, outputs: int, inputs: int, silu: bool) -> Few:
     if padded(rows) == 16:
         if silu:
             return Few(2, 4, 2)
-        return Few(2, 2, 2, splits=7) if long else Few(2, 1, 4, splits=8) if inputs <= 4096 else Few(2, 2, 2, splits=4)
+        return Few(2, 2, 2, splits=7) if long else Few(2, 1, 4, splits=8) if inputs <= 4096 else Few(4, 1, 1, splits=8)
     if silu:
         return Few(2, 2, 2) if outputs >= 16384 else Few(2, 4, 4)
     if long:
@@ -159,8 +166,6 @@ def _few(  # type: ignore[no-untyped-def]
     The last to arrive of the programs with the same outputs adds the parts, always in the same order.
     """
     PART: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS
-    if OVERLAP:
-        gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = 8 if ROWS == 1 else ROWS
     HIGH: tl.constexpr = COLUMNS // 8
@@ -203,6 +208,8 @@ def _few(  # type: ignore[no-untyped-def]
         s2 = _load_scales(scales_at + 2 * WARPS * 16, BLOCKS * 16, half, warp + 2 * WARPS < blocks, TILES)
         w3 = _load_words(words_at, block, 3 * WARPS, blocks, WARPS)
         s3 = _load_scales(scales_at + 3 * WARPS * 16, BLOCKS * 16, half, warp + 3 * WARPS < blocks, TILES)
+    if OVERLAP:
+        gdc_wait()
     for step in tl.range(0, PART, WARPS, num_stages=1):
         ahead = step + DEPTH * WARPS
         next_words = _load_words(words_at, block, ahead, blocks, WARPS)
@@ -243,6 +250,8 @@ def _few(  # type: ignore[no-untyped-def]
             s2 = s3
             w3 = next_words
             s3 = next_scales
+    if OVERLAP:
+        gdc_launch_dependents()
     result = tl.sum(total, axis=0)
     if SPLITS == 1:
         _store(result, out_ptr, bias_ptr, first_tile, rows, outputs, EACH, COLUMNS, BIAS, SILU, dtype)
@@ -310,7 +319,7 @@ def _case(rows: int, outputs: int, inputs: int, silu: bool = False) -> CompileCa
     else:
         types["parts_ptr"] = "*fp32"
     name = f"w4a16 {rows} rows {inputs} -> {outputs}{' silu' if silu else ''}"
-    return CompileCase(name, _few, types, constants, num_warps=cut.warps)
+    return CompileCase(name, _few, types, constants, num_warps=cut.warps, spills=32 if cut.tiles == 4 else 0)
 
 
 COMPILE_CASES = [

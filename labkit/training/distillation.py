@@ -28,7 +28,7 @@ STUDENTS = {
     # how the shipped student is trained
     "ledger-r1-mini": TrainOptions(
         lr=2.5e-3,
-        shape=Shape(layers=4, hidden=256, heads=8, kv_heads=2, intermediate=512),
+        shape=Shape(layers=4, hidden=192, heads=6, kv_heads=2, intermediate=512),
         distill=DistillOptions(hints=1.0),
     ),
 }

@@ -112,6 +112,7 @@ FEW = [
     (16, 64, 640, Few(4, 4, 1)),
     (1, 48, 640, Few(1, 2, 2, splits=2)),
     (16, 64, 1152, Few(4, 2, 1, splits=4)),
+    (16, 48, 640, Few(4, 1, 1, splits=2)),
 ]
 
 
@@ -137,7 +138,12 @@ def test_the_op_with_a_gate(rows: int) -> None:
 
 @pytest.mark.parametrize(
     "rows, outputs, inputs, cut",
-    [(1, 64, 640, Few(2, 2, 1)), (9, 128, 384, Few(4, 2, 1)), (1, 32, 640, Few(2, 2, 1, splits=3))],
+    [
+        (1, 64, 640, Few(2, 2, 1)),
+        (9, 128, 384, Few(4, 2, 1)),
+        (1, 32, 640, Few(2, 2, 1, splits=3)),
+        (9, 96, 384, Few(4, 2, 1)),
+    ],
     ids=str,
 )
 def test_a_gate_after_few_rows(rows: int, outputs: int, inputs: int, cut: Few) -> None:
@@ -147,6 +153,13 @@ def test_a_gate_after_few_rows(rows: int, outputs: int, inputs: int, cut: Few) -
     right = torch.nn.functional.silu(gate) * up
     found = w4a16_few.launch(x, pack(*tensors, 4, 128), None, True, cut).double()
     assert (found - right).norm() <= 3e-3 * right.norm()
+
+
+def test_no_program_has_tiles_past_the_last() -> None:
+    assert w4a16_few.fitted(Few(4, 1, 1), 64, silu=False) == Few(4, 1, 1)
+    assert w4a16_few.fitted(Few(4, 1, 1), 48, silu=False) == Few(1, 1, 1)
+    assert w4a16_few.fitted(Few(4, 2, 1), 96, silu=True) == Few(4, 2, 1)
+    assert w4a16_few.fitted(Few(4, 2, 1), 48, silu=True) == Few(2, 2, 1)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

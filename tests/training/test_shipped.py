@@ -27,11 +27,11 @@ def test_its_weights_are_bfloat16_and_at_most_28_megabytes() -> None:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
 
 
-def test_its_student_computes_a_quarter_and_answers_short_problems() -> None:
+def test_its_student_computes_a_fifth_at_most_and_answers_short_problems() -> None:
     torch.set_num_threads(1)
     teacher, student = (read_model(path)[0].shape for path in (MODEL, STUDENT))
     for context in (100, 300, 1000):
-        assert operations_a_token(student, context) < 0.25 * operations_a_token(teacher, context)
+        assert operations_a_token(student, context) < 0.2 * operations_a_token(teacher, context)
     account = evaluate(STUDENT, 24, ["short"], seed=12)
     assert account["buckets"]["short"]["right"] >= 0.9 * 24  # type: ignore[index]
 
