@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,21 +31,13 @@ def quiet() -> None:
 
 
 def operators(call: Callable[[], object]) -> pd.DataFrame:
-    """Runs ``call`` once under the profiler. One row an operator, the dearest first.
+    """Runs ``call`` under the profiler, on a machine with a GPU once more before. One row an operator, the dearest first.
 
     Columns: op (str), group (a key of GROUPS, or "other"), calls (int64), self_s (float64: seconds in the operator
     itself, without those it called), share (of all self_s). On a machine with a GPU these are the GPU's seconds when
     ``call`` launched any kernel, the CPU's otherwise. Raises what ``call`` raises.
     """
-    quiet()
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    events = [event for event in profile.key_averages() if event.key.startswith("aten::")]
+    events = [event for event in profiled(call, torch.cuda.is_available()) if event.key.startswith("aten::")]
     device = [float(getattr(event, "self_device_time_total", 0.0)) for event in events]
     times = device if sum(device) > 0 else [float(event.self_cpu_time_total) for event in events]
     rows = [
@@ -54,6 +47,31 @@ def operators(call: Callable[[], object]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["op", "group", "calls", "self_s"])
     table["share"] = table["self_s"] / table["self_s"].sum()
     return table.sort_values("self_s", ascending=False, ignore_index=True)
+
+
+def profiled(call: Callable[[], object], warm: bool) -> Iterable[Any]:
+    """The profiler's averages by name of one run of ``call``; with ``warm`` it is run before, under the profiler too.
+
+    A session of the profiler loses the first kernels of a GPU: https://github.com/pytorch/pytorch/issues/192021.
+    """
+    quiet()
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    plan = torch.profiler.schedule(wait=0, warmup=1, active=1) if warm else None
+    with torch.profiler.profile(activities=kinds, acc_events=True, schedule=plan) as profile:
+        if warm:
+            call()
+            _until_done()
+            profile.step()
+        call()
+        _until_done()
+    return profile.key_averages()
+
+
+def _until_done() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def by_group(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from labkit.probes.profiler import by_group, group_of, operators
+from labkit.probes.profiler import by_group, group_of, operators, profiled
 
 
 def test_a_call_is_taken_apart_into_its_operators():
@@ -27,6 +27,17 @@ def test_a_call_is_taken_apart_into_its_operators():
     assert groups["share"].sum() == pytest.approx(1)
     assert groups.set_index("group")["calls"]["attention products"] == 3
     assert set(groups["group"]) >= {"attention products", "softmax", "linear layers"}
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_run_before_that_warms_the_profiler_up_is_not_counted(warm):
+    runs = []
+
+    def call():
+        runs.append(torch.mm(torch.ones(64, 64), torch.ones(64, 64)))
+
+    events = {event.key: event.count for event in profiled(call, warm)}
+    assert events["aten::mm"] == 1 and len(runs) == 1 + warm
 
 
 def test_kinds_too_small_to_see_count_as_other():
