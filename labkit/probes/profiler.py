@@ -31,7 +31,7 @@ def quiet() -> None:
 
 
 def operators(call: Callable[[], object]) -> pd.DataFrame:
-    """Runs ``call`` under the profiler, on a machine with a GPU once more before. One row an operator, the dearest first.
+    """Runs ``call`` under the profiler, with a GPU once more before. One row an operator, the dearest first.
 
     Columns: op (str), group (a key of GROUPS, or "other"), calls (int64), self_s (float64: seconds in the operator
     itself, without those it called), share (of all self_s). On a machine with a GPU these are the GPU's seconds when
