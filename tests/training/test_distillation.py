@@ -284,7 +284,7 @@ def test_operations_are_those_of_the_products() -> None:
     [
         ({"heads": 7}, {}, "--hidden"),
         ({"layers": 0}, {}, "--layers"),
-        ({"kv_heads": 3}, {}, "--kv-heads"),
+        ({"kv_heads": 4}, {}, "--kv-heads"),
         ({}, {"temperature": 0.0}, "--temperature"),
         ({}, {"soft": 0.0, "hard": 0.0}, "--soft and --hard"),
         ({}, {"on_policy": 1.0}, "--on-policy"),
