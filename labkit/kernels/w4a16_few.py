@@ -27,6 +27,10 @@ class Few:
     depth: int
     splits: int = 1
 
+    def outputs(self, silu: bool) -> int:
+        """Outputs of a program, after the gate if there is one."""
+        return 16 * (self.tiles // 2 if silu else self.tiles)
+
 
 def few_triton(x: Tensor, packed: Packed, bias: Tensor | None = None, silu: bool = False) -> Tensor:
     """The product of up to 16 contiguous rows; with ``silu``, silu(first half of the outputs) * the rest."""
@@ -39,7 +43,7 @@ def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few)
     outputs = packed.outputs // 2 if silu else packed.outputs
     cut = fitted(cut, outputs, silu)
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    programs = triton.cdiv(outputs, (cut.tiles // 2 if silu else cut.tiles) * 16)
+    programs = triton.cdiv(outputs, cut.outputs(silu))
     # the parts of each program's sums: [program, split, output, row]
     sums = (programs, cut.splits, cut.tiles * 16, 8 if rows <= 8 else 16)
     parts = None if cut.splits == 1 else torch.empty(sums, dtype=torch.float32, device=x.device)
@@ -54,8 +58,7 @@ def launch(x: Tensor, packed: Packed, bias: Tensor | None, silu: bool, cut: Few)
 
 def fitted(cut: Few, outputs: int, silu: bool) -> Few:
     """The cut with the fewest tiles where its own do not divide the outputs: the last program would read past them."""
-    each = cut.tiles // 2 if silu else cut.tiles
-    return replace(cut, tiles=2 if silu else 1) if outputs % (16 * each) else cut
+    return replace(cut, tiles=2 if silu else 1) if outputs % cut.outputs(silu) else cut
 
 
 def padded(rows: int) -> int:
