@@ -1,5 +1,5 @@
-"""The tuned kernels as sm_90 code: no more registers spilled than stated, HGMMA where matrices are multiplied. No GPU is
-needed."""
+"""The tuned kernels as sm_90 code: no more registers spilled than stated, HGMMA where matrices are multiplied. No GPU
+is needed."""
 
 from __future__ import annotations
 
