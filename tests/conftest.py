@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # Tests share the machine with each other: threads beyond one mostly wait for each other on models this small.
@@ -32,6 +33,14 @@ SENTENCES = (
     "Net position in MSFT after all the trades of the blotter is the sum of what was bought less what was sold.",
     "A streaming server answers every request with the same words, whatever else it is doing at the time.",
 )
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Global generators start from the same seed in every test, whichever ran before it and in which process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,8 @@ class Quantized:
     @property
     def worse(self) -> bool:
         """Whether plain rounding would have done better, which means that something is wrong. Where inputs are not
-        correlated the two do the same, and float32 makes the difference."""
+        correlated the two do the same, but for float32 and for damping, by which scales are chosen and errors are not
+        told."""
         return self.fallback is None and not self.error <= self.rtn_error * _ALIKE
 
     def weight(self, dtype: torch.dtype) -> Tensor:
