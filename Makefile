@@ -43,7 +43,7 @@ test: $(STAMP) ## Run the tests, notebooks of profile quick included
 
 .PHONY: test-all
 test-all: $(STAMP) ## Run the slow tests and those for a GPU too
-	@$(BIN)/python -m pytest -q -m "not peers" --durations=15
+	@$(BIN)/python -m pytest -q --hypothesis-profile=new -m "not peers" --durations=15
 
 # auto-gptq has no wheel for Python 3.12, and those for others carry CUDA kernels; its source builds without them.
 NO_CUDA := BUILD_CUDA_EXT=0 PIP_NO_BINARY=auto-gptq

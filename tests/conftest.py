@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 # Tests share the machine with each other: threads beyond one mostly wait for each other on models this small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,12 @@ import torch  # noqa: E402  # reads the variables above when it is imported
 # Triton reads this one when it is imported: without a GPU its kernels run interpreted, on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The same examples every time, so that what was green stays so, and no limit of time, which other tests would break.
+# `make test-all` goes on to examples that nobody has seen.
+settings.register_profile("known", deadline=None, derandomize=True)
+settings.register_profile("new", deadline=None)
+settings.load_profile("known")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -238,7 +238,7 @@ def alone(prompt: list[int], limit: int) -> list[int]:
     return tokens
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     batching=st.sampled_from(["static", "dynamic", *["continuous"] * 4]),
     chunked=st.booleans(),

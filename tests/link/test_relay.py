@@ -36,7 +36,7 @@ def simulate(arrivals: list[tuple[float, int]], rate: float, room: int) -> list[
     return [left[number] for number in range(len(arrivals))]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     gaps=st.lists(st.tuples(st.floats(0, 0.01), st.integers(60, 1514)), min_size=1, max_size=60),
     rate_mbit=st.sampled_from([0.5, 2.0, 10.0]),

@@ -158,7 +158,7 @@ class SharedBlocks(RuleBasedStateMachine):
 
 
 TestSharedBlocks = SharedBlocks.TestCase
-TestSharedBlocks.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestSharedBlocks.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def committed(manager: BlockManager, tokens: list[int]) -> list[int]:

@@ -31,7 +31,7 @@ def all_hashes_collide():  # type: ignore[no-untyped-def]
         yield
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sequences=SEQUENCES, asked=SEQUENCES, forgotten=st.lists(st.integers(0, 47), max_size=30))
 def test_what_is_found_holds_the_very_tokens(
     sequences: list[list[int]], asked: list[list[int]], forgotten: list[int]

@@ -253,7 +253,6 @@ def test_two_thousand_hostile_requests(served: httpx.Client, helpers: Any) -> No
 
     @settings(
         max_examples=HOSTILE_REQUESTS,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],
