@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -84,16 +84,6 @@ def share(hits: int, n: int, confidence: float = 0.95) -> Estimate:
     low = 0.0 if hits == 0 else max(0.0, (centre - margin) / scale)
     high = 1.0 if hits == n else min(1.0, (centre + margin) / scale)
     return Estimate(p, low, high, n, "share", confidence)
-
-
-def share_exact(hits: int, n: int, confidence: float = 0.95) -> Estimate:
-    """hits / n with the Clopper–Pearson interval: never less than its confidence, wider than Wilson's."""
-    if n == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0, "share", confidence)
-    alpha = 1 - confidence
-    low = 0.0 if hits == 0 else _solve(lambda p: 1 - binomial_cdf(hits - 1, n, p) - alpha / 2)
-    high = 1.0 if hits == n else _solve(lambda p: alpha / 2 - binomial_cdf(hits, n, p))
-    return Estimate(hits / n, low, high, n, "share", confidence)
 
 
 def bootstrap(values: Iterable[float], unit: str = "", confidence: float = 0.95, seed: int = 0) -> Estimate:
@@ -192,12 +182,3 @@ def _binomial_log_pmf(n: int, p: float) -> np.ndarray:
     k = np.arange(n + 1)
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     return np.asarray(factorials[n] - factorials[k] - factorials[n - k] + k * math.log(p) + (n - k) * math.log1p(-p))
-
-
-def _solve(rising: Callable[[float], float]) -> float:
-    """Where a rising function of p in [0, 1] crosses 0."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
-    return (low + high) / 2

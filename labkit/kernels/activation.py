@@ -1,4 +1,4 @@
-"""Activations, alone and as gates over packed projections. Each is computed in float32 and rounded before it gates."""
+"""Activations, alone or as the gate over a packed projection; computed in float32, rounded before they gate."""
 
 from __future__ import annotations
 
@@ -26,13 +26,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return silu_mul_triton(gate_up) if gate_up.is_cuda else silu_mul_reference(gate_up)
 
 
-def gelu_mul(gate_up: Tensor, approximate: Approximate = "tanh") -> Tensor:
-    """gelu(gate) * up, packed as for ``silu_mul``. ``approximate`` as in torch: "tanh", or "none" for erf."""
-    return gelu_mul_triton(gate_up, approximate) if gate_up.is_cuda else gelu_mul_reference(gate_up, approximate)
-
-
 def gelu(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
-    """gelu of x [tokens, inner]; returns a new tensor."""
+    """gelu of x [tokens, inner]; returns a new tensor. ``approximate`` as in torch: "tanh", or "none" for erf."""
     return gelu_triton(x, approximate) if x.is_cuda else gelu_reference(x, approximate)
 
 
@@ -40,12 +35,6 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
     """The definition of ``silu_mul``."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
-
-
-def gelu_mul_reference(gate_up: Tensor, approximate: Approximate = "tanh") -> Tensor:
-    """The definition of ``gelu_mul``."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate, approximate=approximate).mul_(up)
 
 
 def gelu_reference(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
@@ -56,11 +45,6 @@ def gelu_reference(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
     """``silu_mul`` of a contiguous tensor."""
     return _launch(gate_up, "silu", packed=True)
-
-
-def gelu_mul_triton(gate_up: Tensor, approximate: Approximate = "tanh") -> Tensor:
-    """``gelu_mul`` of a contiguous tensor."""
-    return _launch(gate_up, GELU[approximate], packed=True)
 
 
 def gelu_triton(x: Tensor, approximate: Approximate = "tanh") -> Tensor:
@@ -120,5 +104,5 @@ COMPILE_CASES = [
         {"ACTIVATION": activation, "PACKED": packed, "BLOCK": BLOCK},
         num_warps=WARPS,
     )
-    for activation, packed in (("silu", True), ("gelu_tanh", True), ("gelu_erf", True), ("gelu_erf", False))
+    for activation, packed in (("silu", True), ("gelu_tanh", False), ("gelu_erf", False))
 ]

@@ -28,13 +28,6 @@ ALIKE_TOKENS = 768
 CUDA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def write_kv(cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Puts keys and values [tokens, kv_heads, head_dim] into a layer's cache at ``slots`` [tokens]."""
-    flat = cache.view(2, cache.shape[1], -1, cache.shape[-1])
-    flat[0].index_copy_(1, slots, keys.transpose(0, 1))
-    flat[1].index_copy_(1, slots, values.transpose(0, 1))
-
-
 def paged_attention(queries: Tensor, cache: Tensor, meta: AttentionMetadata, scale: float | None = None) -> Tensor:
     """Attention of each new token over its sequence's cache up to and including itself, which must be written already.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pandas as pd
 
@@ -67,14 +66,6 @@ def differences_table(faults: Measurement) -> Table:
     return Table(("", "where its numbers come from"), tuple(rows), numbers=False)
 
 
-def played_table(faults: Measurement) -> Table:
-    """What the server did: one row a kind of answer, one column a generator with how often it was played."""
-    ran = _ran(faults)
-    names = list(dict.fromkeys(name for _, _, truth in ran for name in sorted(truth.parts)))
-    rows = tuple((name, *(str(truth.parts.get(name, 0)) for _, _, truth in ran)) for name in names)
-    return Table(("", *(tool for tool, _, _ in ran)), rows, "How often the server gave each kind of answer.")
-
-
 def freeze_table(frozen: Frozen, caption: str) -> Table:
     """What each clock and loop sees of a server that froze once."""
     rows = []
@@ -92,14 +83,11 @@ def freeze_frame(frozen: Frozen) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "percentile", "value"])
 
 
-def success_frame(faults: Measurement) -> pd.DataFrame:
-    """For ``figures.ladder``: successes that a generator counts / whole answers in the server's log."""
-    return _ratios(faults, lambda told, truth: told.success / truth.outcomes[WHOLE])
-
-
 def tail_frame(load: Measurement) -> pd.DataFrame:
     """For ``figures.ladder``: the P95 that a generator tells / that of the server's log."""
-    return _ratios(load, lambda told, truth: told.latency(95).value / truth.latency(95).value)
+    ratios = [(tool, told.latency(95).value / truth.latency(95).value) for tool, told, truth in _ran(load)]
+    rows = [(tool, ratio, ratio, ratio, "×") for tool, ratio in ratios]
+    return pd.DataFrame(rows, columns=["rung", "value", "low", "high", "unit"])
 
 
 def generators_takeaway(faults: Measurement, load: Measurement, frozen: Frozen) -> str:
@@ -160,11 +148,6 @@ def _ran(measurement: Measurement) -> list[tuple[str, Told, Truth]]:
 
 def _absent(measurement: Measurement) -> dict[str, str]:
     return {row.tool: row.absent for row in measurement.rows if row.told is None}
-
-
-def _ratios(measurement: Measurement, ratio: Callable[[Told, Truth], float]) -> pd.DataFrame:
-    rows = [(tool, *(ratio(told, truth),) * 3, "×") for tool, told, truth in _ran(measurement)]
-    return pd.DataFrame(rows, columns=["rung", "value", "low", "high", "unit"])
 
 
 def _counted(said: int, true: int) -> str:

@@ -13,7 +13,6 @@ from seeds of ``FIRST_TRAINING_SEED`` and above; every smaller seed is unseen by
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,8 +42,6 @@ _KEY_TOKENS = 4
 # chat template, header, "counts", newlines; and the longest question with every word that the tokenizer splits
 _FRAME_TOKENS = 24
 _QUESTION_TOKENS = (12, 46)
-
-_PIECE = re.compile(r"[A-Za-z]+|[^A-Za-z]")
 
 
 class Trade(NamedTuple):
@@ -188,11 +185,6 @@ def row_text(trade: Trade) -> str:
         f"{trade.trade_id},{trade.symbol}{trade.symbol_number},{trade.account}{trade.account_number},"
         f"{trade.side}{trade.lots:02d}@{trade.price},f{trade.fee:02d}"
     )
-
-
-def count_pieces(text: str) -> int:
-    """Tokens of ``text`` if no word is split: words are one each, every other character is one."""
-    return len(_PIECE.findall(text))
 
 
 def ask(rng: random.Random, blotter: Blotter, family: str, held_out: bool) -> Question:

@@ -28,14 +28,13 @@ def test_silu_mul_gates_with_the_first_half() -> None:
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_gelu_is_its_formula(approximate: activation.Approximate) -> None:
-    packed = random(5, 14)
-    gate, up = packed.double().numpy()[:, :7], packed.double().numpy()[:, 7:]
+    x = random(5, 7)
+    gate = x.double().numpy()
     share = np.vectorize(math.erf)(gate / np.sqrt(2))
     if approximate == "tanh":
         share = np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))
     expected = gate * (1 + share) / 2
-    np.testing.assert_allclose(activation.gelu(packed[:, :7], approximate).numpy(), expected, atol=2e-6)
-    np.testing.assert_allclose(activation.gelu_mul(packed, approximate).numpy(), expected * up, atol=5e-6)
+    np.testing.assert_allclose(activation.gelu(x, approximate).numpy(), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +45,6 @@ def test_the_kernels_do_what_the_references_do(tokens: int, inner: int, dtype: t
     plain = packed[:, :inner].contiguous()
     pairs = [(activation.silu_mul_triton(packed), activation.silu_mul_reference(packed))]
     for kind in ("tanh", "none"):
-        pairs.append((activation.gelu_mul_triton(packed, kind), activation.gelu_mul_reference(packed, kind)))
         pairs.append((activation.gelu_triton(plain, kind), activation.gelu_reference(plain, kind)))
     for found, expected in pairs:
         torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from labkit.kernels import attention
-from labkit.kernels.attention import paged_attention, write_kv
+from labkit.kernels.attention import paged_attention
 from labkit.kernels.metadata import AttentionMetadata
 
 
@@ -40,7 +40,8 @@ def run(
         keys, values = rng.normal(size=(2, context, kv_heads, head_dim)).astype(np.float32)
         query = rng.normal(size=(new, heads, head_dim)).astype(np.float32)
         place = tables[row, torch.arange(context) // block_size] * block_size + torch.arange(context) % block_size
-        write_kv(cache, torch.from_numpy(keys), torch.from_numpy(values), place)
+        for plane, written in zip(cache, (keys, values), strict=True):
+            plane.view(kv_heads, -1, head_dim)[:, place] = torch.from_numpy(written).transpose(0, 1)
         queries.append(torch.from_numpy(query))
         slots.append(place[context - new :])
         expected.append(reference(query, keys, values))

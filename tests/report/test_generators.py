@@ -48,7 +48,6 @@ def test_differences_are_named_from_the_numbers() -> None:
         "ConnectionError",
     ):
         assert words in found[ARTICLE]
-    assert generators.played_table(FAULTS).rows[0] == ("HTTP 500", "1", "1", "1")
 
 
 def test_load_and_freeze() -> None:
@@ -63,10 +62,9 @@ def test_load_and_freeze() -> None:
 
 
 def test_figures_have_a_bar_for_each_that_ran() -> None:
-    frame = generators.success_frame(FAULTS)
-    assert frame["rung"].tolist() == [LABKIT, ARTICLE, LOCUST] and frame["value"].tolist() == [1.0, 8 / 6, 1.0]
-    assert generators.tail_frame(LOAD)["value"].tolist() == [1.0, 2.0]
-    assert len(figures.ladder(frame, "said / log", reference=("log", 1.0)).data[0].x) == 3
+    frame = generators.tail_frame(LOAD)
+    assert frame["value"].tolist() == [1.0, 2.0]
+    assert len(figures.ladder(frame, "said / log", reference=("log", 1.0)).data[0].x) == 2
 
 
 def test_the_takeaway_is_computed() -> None:
