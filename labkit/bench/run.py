@@ -18,6 +18,8 @@ from labkit.bench.training import measure_training
 from labkit.errors import UserError
 from labkit.experiments.provenance import machine, versions
 from labkit.experiments.store import Run, RunStore
+from labkit.probes.host import busy_seconds
+from labkit.probes.others import OtherLoad, disturbance
 from labkit.runner.runner import DTYPES, torch_device
 
 KERNEL_WORKLOADS = ("attention", "elementwise", "linear")
@@ -31,7 +33,7 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
     Raises UserError for what cannot be run here, and KeyboardInterrupt when interrupted, in both cases after what was
     measured before is kept.
     """
-    device, dtype = torch_device(options.deployment.device), DTYPES[options.deployment.dtype]
+    device, dtype, load = torch_device(options.deployment.device), DTYPES[options.deployment.dtype], OtherLoad()
     for rest in store.unfinished():
         say(f"an earlier run did not end: {rest}")
     say(where(options.deployment.device))
@@ -65,6 +67,8 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
                 f"[{done + 1}/{len(wanted)}] {case.workload}, {case.size}{f': about {left:.0f} s left' if left else ''}"
             )
             run_case(case, device, ceilings, book, say)
+    if problem := disturbance(load.cores(), len(busy_seconds())):
+        say(problem)
     return made[0]
 
 

@@ -106,6 +106,13 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
+def busy_seconds() -> list[float]:
+    """Seconds since boot that each core which this process may use was not idle."""
+    times = psutil.cpu_times(percpu=True)
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
+    return [_total(times[core]) - _idle(times[core]) for core in sorted(usable) if core < len(times)]
+
+
 def _total(times: Any) -> float:
     # Guest time is already counted in user time on Linux.
     return float(sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0))

@@ -23,6 +23,7 @@ import nbformat
 from labkit.errors import UserError
 from labkit.experiments.claims import VERDICTS_VARIABLE, read_verdicts
 from labkit.experiments.store import RUNS_VARIABLE
+from labkit.probes.others import OtherLoad
 from labkit.report import processes
 from labkit.report.environment import environment
 from labkit.report.profiles import PROFILE_VARIABLE, Profile
@@ -139,7 +140,7 @@ def _execute(
     course, left = _Course(), list[str]()
     status: Status = "failed"
     claims: tuple[str, ...] = ()
-    reason = check(path, parameters)
+    reason, load = check(path, parameters), OtherLoad()
     try:
         if reason is None:
             source = nbformat.read(path, as_version=4)
@@ -154,9 +155,12 @@ def _execute(
     execution = Execution(
         name, profile.name, status, started, time.perf_counter() - began, limit_s, reason,
         course.cell if status != "succeeded" else None, tuple(course.cell_s), parameters, claims, tuple(left), found,
+        load.cores(),
     )  # fmt: skip
     shelf.finish(execution, _finished(path, shelf.partial(name), execution), _verdicts(shelf, execution))
     shown.end(name, execution.status, execution.duration_s, execution.reason)
+    if execution.disturbance:
+        shown.line(f"{name}: {execution.disturbance}")
     return execution
 
 

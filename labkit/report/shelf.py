@@ -18,6 +18,7 @@ from typing import Any, Literal
 from labkit.errors import UserError
 from labkit.experiments.claims import Verdict, read_verdicts
 from labkit.files import write_atomic
+from labkit.probes.others import disturbance
 
 Status = Literal["succeeded", "failed", "timed out", "died"]
 
@@ -44,6 +45,13 @@ class Execution:
     """Names of the processes that were still running when the notebook was through, and were ended."""
     environment: dict[str, Any] = field(default_factory=dict)
     """``labkit.report.environment.environment()``."""
+    other_cores: float = 0.0
+    """How many cores other programs kept busy meanwhile, on average."""
+
+    @property
+    def disturbance(self) -> str | None:
+        """What to say of other programs where they took much; None where they did not."""
+        return disturbance(self.other_cores, self.environment.get("machine", {}).get("cores") or 1)
 
 
 @dataclass(frozen=True)

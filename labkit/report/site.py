@@ -94,7 +94,7 @@ def _page_html(environment: jinja2.Environment, page: _Page, shelf: Shelf) -> st
         body=page.body.html,
         contents=page.body.contents,
         facts=facts + ([machine_line(found["machine"])] if found else []),
-        warnings=_warnings(shelf, execution.notebook),
+        warnings=_warnings(shelf, execution),
         footer=_footer([execution]),
     )
 
@@ -121,7 +121,7 @@ def _shelf_facts(shelf: Shelf, pages: Sequence[_Page]) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     for page in pages:
         execution = page.execution
-        warnings = _warnings(shelf, execution.notebook)
+        warnings = _warnings(shelf, execution)
         counted = Counter(verdict.outcome for verdict in page.verdicts)
         rows[execution.notebook] = {
             "name": execution.notebook, "title": page.body.title, "page": page.path, "status": execution.status,
@@ -166,9 +166,12 @@ def _environments(executions: Sequence[Execution]) -> list[dict[str, str]]:
     return list(entries.values())
 
 
-def _warnings(shelf: Shelf, name: str) -> list[str]:
-    started = None if shelf.busy() else shelf.cut_off().get(name)
-    return [f"A later execution, started {_when(started)}, was cut off; this is the one before it."] if started else []
+def _warnings(shelf: Shelf, execution: Execution) -> list[str]:
+    found = [execution.disturbance] if execution.disturbance else []
+    started = None if shelf.busy() else shelf.cut_off().get(execution.notebook)
+    if started:
+        found.append(f"A later execution, started {_when(started)}, was cut off; this is the one before it.")
+    return found
 
 
 def _description(profile: str) -> str:

@@ -22,13 +22,15 @@ def bench(*arguments: str) -> str:
     return result.output
 
 
-def test_a_bench_is_printed_and_kept(tiny_model, tmp_path):
+def test_a_bench_is_printed_and_kept(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("labkit.bench.run.OtherLoad.cores", lambda self: 64.0)
     output = bench(
         "decode", "elementwise", "--model", str(tiny_model), "--device", "cpu", "--repeat", "2", "--peers", "none",
         "--without", "chunked_prefill", "--set", "max_batch=4", "--only", "GELU", "--runs", str(tmp_path),
     )  # fmt: skip
     assert "ceilings: copy" in output and "warm after" in output
     assert "chunked_prefill=False" in output and "elementwise: GELU" in output
+    assert "Other programs kept 64.0 of" in output
     assert "SwiGLU" not in output and "eager" not in output
     (run,) = RunStore(tmp_path).list()
     assert str(run.path) in output.replace("\n", "")
