@@ -18,7 +18,6 @@ from labkit.bench.training import measure_training
 from labkit.errors import UserError
 from labkit.experiments.provenance import machine, versions
 from labkit.experiments.store import Run, RunStore
-from labkit.probes.host import busy_seconds
 from labkit.probes.others import OtherLoad, disturbance
 from labkit.runner.runner import DTYPES, torch_device
 
@@ -67,8 +66,9 @@ def bench(options: Options, store: RunStore, say: Callable[[str], None], only: S
                 f"[{done + 1}/{len(wanted)}] {case.workload}, {case.size}{f': about {left:.0f} s left' if left else ''}"
             )
             run_case(case, device, ceilings, book, say)
-    if problem := disturbance(load.cores(), len(busy_seconds())):
-        say(problem)
+        facts["other_cores"] = load.cores()
+        if problem := disturbance(facts["other_cores"], machine()["cores"]):
+            say(problem)
     return made[0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import subprocess
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 import labkit
+from labkit.probes.host import usable_cores
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "pandas", "granian", "starlette")
 
@@ -41,10 +41,9 @@ def versions() -> dict[str, str | None]:
 @cache
 def machine() -> dict[str, Any]:
     """CPU model, usable cores, RAM, operating system, and each GPU's name, memory and driver (empty without one)."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
-        "cores": usable,
+        "cores": len(usable_cores()),
         "ram_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
         "gpus": _gpus(),

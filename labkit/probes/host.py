@@ -27,16 +27,15 @@ class HostProbe:
     name = "host"
 
     def __init__(self, pid: int | None = None) -> None:
-        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        self._cores = usable_cores()
         self._pid = pid
         self._times = psutil.cpu_times(percpu=True)
         self._tree: list[psutil.Process] = []
         self._tree_found_at = float("-inf")
         self._tree_cpu: dict[int, float] = {}
         self._tree_cpu_at: float | None = None
-        usable = len(self._cores) if self._cores is not None else len(self._times)
         tree = f", and the processes under pid {pid}" if pid is not None else ""
-        self.description = f"psutil {psutil.__version__}: {usable} of {len(self._times)} cores{tree}"
+        self.description = f"psutil {psutil.__version__}: {len(self._cores)} of {len(self._times)} cores{tree}"
 
     def read(self) -> Mapping[str, float]:
         reading = self._cpu()
@@ -58,9 +57,8 @@ class HostProbe:
     def _cpu(self) -> dict[str, float]:
         times = psutil.cpu_times(percpu=True)
         before, self._times = self._times, times
-        cores = self._cores if self._cores is not None else range(len(times))
         shares: dict[str, float] = {}
-        for core in cores:
+        for core in self._cores:
             if core >= len(times) or core >= len(before):
                 continue
             all_s = _total(times[core]) - _total(before[core])
@@ -106,11 +104,15 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def busy_seconds() -> list[float]:
-    """Seconds since boot that each core which this process may use was not idle."""
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def busy_seconds() -> float:
+    """Seconds since boot that the cores which this process may use were not idle, summed over them."""
     times = psutil.cpu_times(percpu=True)
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
-    return [_total(times[core]) - _idle(times[core]) for core in sorted(usable) if core < len(times)]
+    return sum(_total(times[core]) - _idle(times[core]) for core in usable_cores() if core < len(times))
 
 
 def _total(times: Any) -> float:

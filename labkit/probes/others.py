@@ -15,7 +15,7 @@ class OtherLoad:
     """Counts from when it is made."""
 
     def __init__(self) -> None:
-        self._began, self._busy_s, self._own_s = time.perf_counter(), sum(busy_seconds()), _own_s()
+        self._began, self._busy_s, self._own_s = time.perf_counter(), busy_seconds(), _own_s()
 
     def cores(self) -> float:
         """How many cores were busy on average with neither this process nor its descendants.
@@ -23,7 +23,7 @@ class OtherLoad:
         Of the machine's cores those count that this process may use; time that a hypervisor gave to other guests
         ("steal") is busy too. A descendant is known as such once it has ended and been waited for, all the way up.
         """
-        others_s = sum(busy_seconds()) - self._busy_s - (_own_s() - self._own_s)
+        others_s = busy_seconds() - self._busy_s - (_own_s() - self._own_s)
         return max(0.0, others_s / (time.perf_counter() - self._began))
 
 

@@ -50,7 +50,10 @@ class Execution:
 
     @property
     def disturbance(self) -> str | None:
-        """What to say of other programs where they took much; None where they did not."""
+        """What to say of other programs where they took much; None where they did not, and where it is not known:
+        processes that had to be ended were not waited for, so that their time counts as that of others."""
+        if self.status != "succeeded" or self.left_behind:
+            return None
         return disturbance(self.other_cores, self.environment.get("machine", {}).get("cores") or 1)
 
 

@@ -34,6 +34,7 @@ def test_a_bench_is_printed_and_kept(tiny_model, tmp_path, monkeypatch):
     assert "SwiGLU" not in output and "eager" not in output
     (run,) = RunStore(tmp_path).list()
     assert str(run.path) in output.replace("\n", "")
+    assert run.manifest["other_cores"] == 64.0
     assert run.manifest["deployment"]["max_batch"] == 4 and run.manifest["without"] == [["chunked_prefill", False]]
     assert run.manifest["workload"] == {"bench": ["decode", "elementwise"], "requests": None, "repeat": 2}
     assert len([row for row in run.manifest["rows"] if row["workload"] == "decode"]) == 4

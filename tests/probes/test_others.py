@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,15 +12,14 @@ from labkit.probes.others import OtherLoad, disturbance
 
 
 def test_what_others_took_is_all_that_was_busy_less_what_was_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, busy, own = [100.0], [7.0, 9.0], [3.0]
-    monkeypatch.setattr(others.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(others, "busy_seconds", lambda: busy)
-    monkeypatch.setattr(others, "_own_s", lambda: own[0])
+    now = SimpleNamespace(clock=100.0, busy=16.0, own=3.0)
+    monkeypatch.setattr(others, "time", SimpleNamespace(perf_counter=lambda: now.clock))
+    monkeypatch.setattr(others, "busy_seconds", lambda: now.busy)
+    monkeypatch.setattr(others, "_own_s", lambda: now.own)
     load = OtherLoad()
-    clock[0], own[0], busy = 104.0, 5.0, [10.0, 12.0]
-    monkeypatch.setattr(others, "busy_seconds", lambda: busy)
+    now.clock, now.busy, now.own = 104.0, 22.0, 5.0
     assert load.cores() == 1.0
-    own[0] = 9.5
+    now.own = 9.5
     assert load.cores() == 0.0, "clocks tick in steps: a little more of ours than was busy is none of others"
 
 

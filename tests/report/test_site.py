@@ -99,8 +99,14 @@ def test_an_execution_that_was_cut_off_is_named_beside_the_one_before(tmp_path: 
 def test_other_programs_that_took_much_are_named_on_both_pages(tmp_path: Path) -> None:
     machine = {"cores": 2, "cpu": "any", "ram_bytes": 1, "system": "any"}
     where = {"machine": machine, "versions": {}, "code": {}}
-    for cores, named in ((0.1, False), (0.5, True)):
-        put(tmp_path / "runs", replace(DONE, environment=where, other_cores=cores), executed())
+    busy = replace(DONE, environment=where, other_cores=0.5)
+    for execution, named in (
+        (busy, True),
+        (replace(busy, other_cores=0.1), False),
+        (replace(busy, left_behind=("sh",)), False),
+        (replace(busy, status="timed out"), False),
+    ):
+        put(tmp_path / "runs", execution, executed())
         index = site.build(tmp_path / "runs", tmp_path / "site").read_text()
         page = (tmp_path / "site" / "quick" / "00_a.html").read_text()
         assert ("kept 0.5 of 2 cores busy" in index) == ("kept 0.5 of 2 cores busy" in page) == named
