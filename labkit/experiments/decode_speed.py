@@ -98,9 +98,12 @@ def tokens_per_second(table: pd.DataFrame, new_tokens: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "batch", "value", "low", "high"])
 
 
-def weights_of(shape: str | None) -> str:
-    """Whose weights a speed was measured with: those that ship with the lab, or random ones of a published shape."""
-    return f"random weights of the shape of {shape}" if shape else "the weights that ship with the lab"
+def weights_of(*shapes: str | None) -> str:
+    """Whose weights a speed was measured with: those that ship with the lab, or random ones of published shapes."""
+    named = [shape for shape in shapes if shape]
+    if not named:
+        return "the weights that ship with the lab"
+    return f"random weights of the shape{'s' if len(named) > 1 else ''} of {' and '.join(named)}"
 
 
 def judge_speed(table: pd.DataFrame, shape: str | None = None, batch: int = 1) -> Verdict:

@@ -98,9 +98,9 @@ def speed_table(table: pd.DataFrame, new_tokens: int, shape: str | None = None) 
     return _speeds(table, new_tokens, [each for each in pairs if each[1] in timed], weights_of(shape))
 
 
-def student_table(table: pd.DataFrame, new_tokens: int) -> Table:
-    """The same of a student and its teacher, each with its own weights."""
-    return _speeds(table, new_tokens, [(TEACHER, STUDENT)], weights_of(None))
+def student_table(table: pd.DataFrame, new_tokens: int, shapes: Sequence[str] = ()) -> Table:
+    """The same of a student and its teacher, each with its own weights, or with random ones of ``shapes``."""
+    return _speeds(table, new_tokens, [(TEACHER, STUDENT)], weights_of(*shapes))
 
 
 def algorithm_takeaway(
@@ -112,8 +112,9 @@ def algorithm_takeaway(
     shape: str | None = None,
     kept: Estimate | None = None,
     student_speed: pd.DataFrame | None = None,
+    large_speed: pd.DataFrame | None = None,
 ) -> str:
-    """What the measurements say, in Markdown."""
+    """What the measurements say, in Markdown. ``large_speed``: of a student and teacher of published sizes."""
     slower = 1 / gain(cache, PYTORCH, "lru_cache", int(cache["x"].max())).value
     longest = max(size for way, size in _ran(attention) if way == ARTICLE)
     lost = loss_of_accuracy(pair(answers, GPTQ))
@@ -132,10 +133,14 @@ def algorithm_takeaway(
     ]
     if kept is not None and student_speed is not None:
         largest = int(student_speed["x"].max())
-        lines.append(
+        said = (
             f"**The student** keeps {quantity(kept.value, 'share')} of its teacher's right answers, at "
             f"{_times(gain(student_speed, TEACHER, STUDENT, largest))} its speed at a batch of {largest}."
         )
+        if large_speed is not None:
+            large = _times(gain(large_speed, TEACHER, STUDENT, largest))
+            said += f" Of a student and a teacher of the sizes that are in use it is {large}."
+        lines.append(said)
     return "\n\n".join(lines)
 
 

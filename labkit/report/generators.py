@@ -118,13 +118,14 @@ def _differences(told: Told, truth: Truth) -> list[str]:
     found = []
     taken = told.success - truth.outcomes[WHOLE]
     if taken:
-        found.append(f"{taken} answers that were not whole, or not in time, are successes to it" if taken > 0 else
-                     f"{-taken} whole answers are no successes to it")  # fmt: skip
+        found.append(f"of what was not whole, or not in time, it takes {taken} for successes" if taken > 0 else
+                     f"it counts {-taken} fewer successes than there were whole answers")  # fmt: skip
     renamed = [kind for kind in (*KINDS, "timeout") if told.failures.get(kind, 0) > truth.outcomes[kind]]
     if renamed:
         found.append(f"some failures go by the name of {', '.join(renamed)} that were another")
     if lost := truth.requests - told.requests:
-        found.append(f"{abs(lost)} requests are {'in none of its counts' if lost > 0 else 'counted twice'}")
+        requests = "1 request is" if abs(lost) == 1 else f"{abs(lost)} requests are"
+        found.append(f"{requests} {'in none of its counts' if lost > 0 else 'counted twice'}")
     if len(told.latencies) > told.success:
         found.append("its percentiles are of failed requests too")
     if told.remark:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from labkit.errors import UserError
 from labkit.experiments import student
 from labkit.experiments.intervals import Estimate
 from labkit.experiments.student import STUDENT, TEACHER
@@ -59,6 +60,21 @@ def test_both_limits_decide(taught: str, faster: float, outcome: str) -> None:
     verdict = student.judge_student(kept_of("1" * 100, taught), speeds({1: 9.0, 32: faster}))
     assert verdict.outcome == outcome
     assert [item.value for item in verdict.evidence] == pytest.approx([taught.count("1"), faster, 9.0])
+
+
+def test_models_that_answer_nothing_decide_nothing() -> None:
+    verdict = student.judge_student(kept_of("1" * 100, "1" * 100), speeds({32: 1.1}), speeds({32: 5.0}))
+    assert verdict.outcome == "partly" and "of 32: no" in verdict.reason
+    assert [item.value for item in verdict.evidence] == pytest.approx([100.0, 1.1, 5.0])
+    assert "random weights" in verdict.evidence[-1].label
+
+
+def test_published_shapes_take_turns_with_random_weights() -> None:
+    pair = student.of_shapes(["deepseek-r1-distill-qwen-7b", "deepseek-r1-distill-qwen-1.5b"], "cpu")
+    assert list(pair) == [TEACHER, STUDENT] and all(each.random_weights for each in pair.values())
+    assert "1.5b" in pair[STUDENT].model and "7b" in pair[TEACHER].model
+    with pytest.raises(UserError, match="no-shape"):
+        student.of_shapes(["no-shape", "no-shape"], "cpu")
 
 
 def test_too_few_repeats_and_a_teacher_that_knows_nothing_decide_nothing() -> None:

@@ -41,6 +41,12 @@ def run(command: list[str | Path], code: int) -> None:
     assert done.returncode == code, done.stderr[-3000:]
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def table(path: Path, key: str) -> dict[str, dict[str, str]]:
     with open(path) as lines:
         return {row[key]: row for row in csv.DictReader(lines)}
@@ -74,19 +80,19 @@ def test_times_are_those_of_the_script_and_truncated_streams_are_failures(comman
 
 
 def test_processes_ask_nothing_twice(command):
+    port = free_port()
+    meet = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port]
     with Golden(SCRIPTS) as golden:
-        run(command(golden.url, "--headless", "-u", "6", "-r", "6", "-t", "4s", "--processes", "2"), 0)
+        run(command(golden.url, "--headless", "-u", "6", "-r", "6", "-t", "4s", "--processes", "2", *meet), 0)
         asked = [int(one.request_id) for one in golden.answered]
     assert len(asked) == len(set(asked)) > 20 and {number % 1024 for number in asked} == {0, 1}
 
 
 def test_its_web_page_shows_the_user(command):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with Golden(SCRIPTS) as golden:
         page = subprocess.Popen(
-            command(golden.url, "--web-port", str(port), "--autostart", "-u", "4", "-r", "4"),
+            command(golden.url, "--web-port", port, "--autostart", "-u", "4", "-r", "4"),
             stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT, cwd=ROOT,
         )  # fmt: skip
         try:

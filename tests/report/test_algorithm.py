@@ -76,6 +76,8 @@ def test_speed_is_shown_against_both_baselines() -> None:
     assert f"{GPTQ_HEAD} against {ORIGINAL}" in algorithm.speed_table(pd.concat([SPEED, head]), 10).columns
     rivals = algorithm.student_table(contest({(TEACHER, 1): (4.0, 8), (STUDENT, 1): (1.0, 2)}), 10)
     assert rivals.columns[-1] == "student against teacher" and rivals.rows[0][-1].startswith("4.00×")
+    large = algorithm.student_table(contest({(TEACHER, 1): (4.0, 8), (STUDENT, 1): (2.0, 2)}), 10, ("large", "small"))
+    assert "random weights of the shapes of large and small" in large.caption and "lab" not in large.caption
     assert table.rows[2][0] == "weights" and "random weights of the shape of a shape" in table.caption
 
 
@@ -87,8 +89,9 @@ def test_the_takeaway_is_computed() -> None:
     multiplied_out = algorithm.algorithm_takeaway(ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED.assign(bytes=400))
     assert "in the same engine (no kernel reads 4 bits on this device)" in multiplied_out
     student = contest({(TEACHER, 32): (6.0, 0), (STUDENT, 32): (2.0, 0)})
-    taught = algorithm.algorithm_takeaway(
-        ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED, "a shape", Estimate(0.9, 0.8, 1.0, 100, "share"), student
-    )
+    measured = (ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED, "a shape", Estimate(0.9, 0.8, 1.0, 100, "share"), student)
+    taught = algorithm.algorithm_takeaway(*measured)
     assert "(random weights of the shape of a shape)" in taught
-    assert "keeps 90.0\u00a0%" in taught and "3.00× its speed at a batch of 32" in taught
+    assert "keeps 90.0\u00a0%" in taught and "3.00× its speed at a batch of 32" in taught and "in use" not in taught
+    large = contest({(TEACHER, 32): (8.0, 0), (STUDENT, 32): (2.0, 0)})
+    assert "of the sizes that are in use it is 4.00×" in algorithm.algorithm_takeaway(*measured, large)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from labkit.experiments.generator_tools import ARTICLE, JMETER, LABKIT, LOCUST, Told
+from labkit.experiments.generator_tools import ARTICLE, GUIDELLM, JMETER, LABKIT, LOCUST, Told
 from labkit.experiments.generator_truth import FAILURES, WHOLE, Truth
 from labkit.experiments.generators import Frozen, Measured, Measurement
 from labkit.report import figures, generators
@@ -12,9 +12,11 @@ TRUTH = Truth(PLAYED, {"whole": 6, "no end": 2, "HTTP 500": 1}, (0.5,) * 6, 0.2,
 RIGHT = Told(6, {kind: PLAYED[kind] for kind in FAILURES}, (0.5,) * 6, 0.21, 0.02)
 WRONG = Told(8, {"5xx": 1, "timeout": 1}, (0.5,) * 7 + (1.0,) * 2, remark="2 × ConnectionError ended a thread")
 MISNAMED = Told(6, {"truncated": 4, "5xx": 1, "stream_error": 1}, (0.5,) * 6)
+LOST = Told(5, {kind: PLAYED[kind] for kind in FAILURES}, (0.5,) * 5)
 FAULTS = Measurement(
     (Measured(LABKIT, RIGHT, TRUTH, 0.6), Measured(ARTICLE, WRONG, TRUTH, 1.2), Measured(LOCUST, MISNAMED, TRUTH, 1.0),
-     Measured(JMETER, absent="jmeter is not installed")), 3, 5.0, (("short", 1.0),),
+     Measured(GUIDELLM, LOST, TRUTH, 1.0), Measured(JMETER, absent="jmeter is not installed")),
+    3, 5.0, (("short", 1.0),),
 )  # fmt: skip
 LOAD = Measurement(FAULTS.rows[:2], 3, 30.0, FAULTS.mix)
 FROZEN = Frozen(1.0, 0.05, 20.0, 4, (0.9,) * 20, (0.91,) * 20, (0.9,) * 20, (0.05,) * 99 + (1.0,))
@@ -40,9 +42,10 @@ def test_differences_are_named_from_the_numbers() -> None:
     found = dict(generators.differences_table(FAULTS).rows)
     assert found[LABKIT] == "counts as the server does"
     assert found[LOCUST] == "some failures go by the name of truncated that were another"
+    assert found[GUIDELLM].startswith("it counts 1 fewer successes than there were whole answers; 1 request is in none")
     assert found[JMETER] == "not measured: jmeter is not installed"
     for words in (
-        "2 answers that were not whole",
+        "of what was not whole, or not in time, it takes 2 for successes",
         "2 requests are in none",
         "of failed requests too",
         "ConnectionError",
