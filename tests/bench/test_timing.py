@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from labkit.bench import timing
 from labkit.bench.ceilings import Ceilings
 from labkit.bench.timing import CACHE_BYTES, input_sets, seconds_a_call
 
@@ -17,17 +18,19 @@ def test_small_inputs_get_more_sets_than_large_ones():
     assert input_sets(1) == 32
 
 
-def test_the_median_call_goes_round_the_sets():
-    seen = []
+def test_the_median_call_goes_round_the_sets(monkeypatch):
+    seen, clock = [], [0.0]
 
     def call(number):
         seen.append(number)
-        time.sleep(0.02 if len(seen) == 5 else 0.002)
+        clock[0] += 0.02 if len(seen) == 5 else 0.002
 
-    assert 0.002 <= seconds_a_call(call, [(0,), (1,)], torch.device("cpu")) < 0.01
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert seconds_a_call(call, [(0,), (1,)], torch.device("cpu")) == pytest.approx(0.002)
     assert seen == [0, 1] * 4
 
 
+@pytest.mark.clock
 def test_twice_the_work_takes_about_twice_as_long():
     def seconds(size):
         tensors = (torch.zeros(size, device=DEVICE), torch.ones(size, device=DEVICE))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from labkit.bench import timing
 from labkit.experiments.contests import Contest, allocated, gain, is_faster, median_seconds, peak_bytes, run_contests
 from labkit.experiments.intervals import Estimate
 
@@ -16,22 +18,29 @@ CPU = torch.device("cpu")
 MEGA = 1000 * 1000
 
 
-def slow(x: Tensor) -> Tensor:
-    time.sleep(0.004)
-    return x * 2
-
-
 def quick(x: Tensor) -> Tensor:
-    time.sleep(0.001)
     return x + x
 
 
-def test_a_way_that_is_four_times_as_fast_is_found_to_be() -> None:
-    table = run_contests([Contest(3, (torch.ones(3),), {"slow": slow, "quick": quick})], CPU)
+def test_a_way_that_is_four_times_as_fast_is_found_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the calls move; all of them are slower by half for a while, and one call stands still."""
+    calls, clock = 0, 0.0
+
+    def taking(seconds: float) -> Callable[[Tensor], Tensor]:
+        def way(x: Tensor) -> Tensor:
+            nonlocal calls, clock
+            calls += 1
+            clock += 1.0 if calls == 20 else 1.5 * seconds if calls > 60 else seconds
+            return 2 * x
+
+        return way
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock))
+    table = run_contests([Contest(3, (torch.ones(3),), {"slow": taking(0.004), "quick": taking(0.001)})], CPU)
     found = gain(table, "slow", "quick", 3)
-    assert 2.5 < found.low <= found.value <= found.high < 4.5 and found.n == 15
-    assert 0.004 <= median_seconds(table, "slow", 3).value < 0.01
-    assert set(table["round"]) == set(range(15))
+    assert (found.low, found.value, found.high) == pytest.approx((4, 4, 4)) and found.n == 15
+    assert 0.004 <= median_seconds(table, "slow", 3).value <= 0.006
+    assert set(table["round"]) == set(range(15)) and calls > 60
 
 
 @pytest.mark.parametrize(

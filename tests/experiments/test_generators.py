@@ -20,6 +20,7 @@ from labkit.traffic.workload import Workload
 MIX = (("short", 0.6), ("medium", 0.3), ("long", 0.1))
 
 
+@pytest.mark.clock
 def test_ours_counts_all_as_the_log_does_and_the_articles_client_as_its_code_says() -> None:
     """Forty requests are two rounds of the script: of every fault there are two, and 26 whole answers."""
     found = generators.measure_generators((LABKIT, ARTICLE), users=40, requests=40, timeout_s=1.0)
@@ -46,6 +47,7 @@ def test_ours_counts_all_as_the_log_does_and_the_articles_client_as_its_code_say
     assert len(told.latencies) == 34 and max(told.latencies) == pytest.approx(1.5, abs=0.3)
 
 
+@pytest.mark.clock
 def test_a_freeze_shows_to_an_open_loop_and_not_to_users_who_wait() -> None:
     frozen = generators.measure_freeze(rate=20, seconds=1.6, freeze_s=0.5, users=4, answer_s=0.04)
     wanted = percentile(frozen.expected, 95).value

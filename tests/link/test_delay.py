@@ -39,6 +39,7 @@ def link() -> Iterator[Link]:
         yield made
 
 
+@pytest.mark.clock
 def test_a_byte_comes_back_a_round_trip_later(link):
     def echo(connection: socket.socket) -> None:
         while piece := connection.recv(100):
@@ -60,6 +61,7 @@ def test_a_byte_comes_back_a_round_trip_later(link):
     assert min(trips) >= RTT_S and min(trips) == pytest.approx(RTT_S, abs=0.006)
 
 
+@pytest.mark.clock
 def test_the_delay_may_change(link):
     link.change(Leg(rtt_ms=3 * RTT_S * 1e3))
     assert link.calibrate(0.5).legs[0].rtt_ms == pytest.approx(3 * RTT_S * 1e3, abs=6)
@@ -93,6 +95,7 @@ def test_where_nobody_listens_the_client_is_turned_away(link):
             client.recv(1)
 
 
+@pytest.mark.clock
 def test_calibration_names_what_cannot_be_had(link):
     calibration = link.calibrate()
     assert calibration.mode == "delay only" and calibration.valid, calibration.reasons()

@@ -43,6 +43,7 @@ print(json.dumps({"cold_ms": min(cold) * 1e3, "pieces": pieces}))
 """
 
 
+@pytest.mark.clock
 def test_an_edge_ends_tls_near_the_client_and_keeps_its_connection_to_the_origin(open_link, python_in):
     with open_link(rtt_ms=CLIENT_MS, hosts=("client", "edge", "origin"), origin_leg=Leg(rtt_ms=ORIGIN_MS)) as link:
         python_in(link, "origin", ORIGIN, link.address("origin"), wait=False)

@@ -78,6 +78,7 @@ def flood(python_in):
     return send
 
 
+@pytest.mark.clock
 def test_a_link_is_what_was_asked_for_and_calibration_says_when_it_is_not(open_link):
     with open_link(rtt_ms=30, loss=0.05, rate_mbit=20, buffer_kb=30) as link:
         for _ in range(3):  # a link on a crowded machine is off, and says so
@@ -127,6 +128,7 @@ def test_a_drop_tail_buffer_overflows_where_arithmetic_says(open_link, flood):
         assert counts[0].overflowed == 150 - len(arrived) and counts[0].missed == 0
 
 
+@pytest.mark.clock
 def test_a_transfer_over_a_lossy_link_is_whole_and_counted(tmp_path, open_link, python_in):
     size = 600_000
     with open_link(rtt_ms=4, loss=0.02, seed=1, congestion="reno") as link, link.pcap(tmp_path / "client.pcap"):
@@ -170,6 +172,7 @@ def packets(path: Path):
         at += 16 + kept
 
 
+@pytest.mark.clock
 def test_the_wire_may_change_under_a_server_that_stays(open_link, flood, python_in):
     with open_link(rtt_ms=2, congestion="cubic", mode="relay") as link:
         python_in(link, "origin", ECHO, link.address("origin"), wait=False)
@@ -187,6 +190,7 @@ def test_the_wire_may_change_under_a_server_that_stays(open_link, flood, python_
         assert grown.lost == 300 - len(arrived) and grown.delivered > 300  # the counts of all relays there were
 
 
+@pytest.mark.clock
 def test_an_edge_lies_between_client_and_origin(open_link, python_in):
     with open_link(rtt_ms=30, hosts=("client", "edge", "origin"), origin_leg=Leg(rtt_ms=6)) as link:
         for host in ("edge", "origin"):

@@ -17,7 +17,7 @@ from labkit.traffic.golden import Golden, Script
 from labkit.traffic.workload import Workload
 from labkit.training.ledger import make_problem
 
-pytestmark = [pytest.mark.peers, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.peers, pytest.mark.clock, pytest.mark.timeout(900)]
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "models" / "ledger-r1"
 MAX_TOKENS = 400

@@ -102,6 +102,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.clock
 def test_its_times_are_those_of_the_script_and_its_failures_have_our_names(run):
     """Its latency is that of the first byte of the body: here 0.3 s, not the 0.1 s of the headers."""
     scripts = [Script(headers_s=0.1, ttft_s=0.3, itl_s=0.02, tokens=11, reasoning=5, fault=each) for each in FAULTS]
@@ -120,6 +121,7 @@ def test_its_times_are_those_of_the_script_and_its_failures_have_our_names(run):
     assert took[stalled] == pytest.approx(0.3 + 4 * 0.02 + 1.0, abs=MS)
 
 
+@pytest.mark.clock
 def test_the_clock_ends_it_and_users_think(run):
     """The second user comes after 3 s of the run, which began before JMeter, still warming up, had sent anything."""
     workload = Workload.article(users=2, requests=None, duration_s=1.0, ramp_s=6.0, think_s=0.3)

@@ -16,7 +16,7 @@ import pytest
 from labkit.traffic.golden import Golden, Script
 from labkit.traffic.workload import Workload
 
-pytestmark = [pytest.mark.peers, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.peers, pytest.mark.clock, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [Script(ttft_s=0.2, itl_s=0.02, tokens=21, reasoning=5)] * 4

@@ -73,6 +73,7 @@ def test_a_server_that_is_not_up_yet_is_a_gap_and_then_answers(handler: type[Han
         later.server_close()
 
 
+@pytest.mark.clock
 def test_a_server_that_hangs_costs_its_timeout_and_leaves_a_gap() -> None:
     import socket
 

@@ -25,6 +25,7 @@ def child(code: str) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+@pytest.mark.clock
 def test_a_busy_child_shows_as_what_the_kernel_charged_it() -> None:
     with child("print('up', flush=True)\nwhile True: pass") as process:
         probe, peer = HostProbe(process.pid), psutil.Process(process.pid)

@@ -23,6 +23,7 @@ class Fake:
         return {"count": self.count}
 
 
+@pytest.mark.clock
 def test_readings_keep_an_absolute_schedule() -> None:
     readings: list[float] = []
 
@@ -39,6 +40,7 @@ def test_readings_keep_an_absolute_schedule() -> None:
     assert (offsets - offsets.round()).abs().median() < 0.1
 
 
+@pytest.mark.clock
 def test_late_ticks_are_recorded_and_not_made_up_for() -> None:
     slow = Fake(nap_s=0.25)
     with Sampler([slow], hz=20) as sampler:
@@ -50,6 +52,7 @@ def test_late_ticks_are_recorded_and_not_made_up_for() -> None:
     assert 18 <= report["ticks"] + report["missed"] <= 27
 
 
+@pytest.mark.clock
 def test_a_slow_probe_delays_only_itself() -> None:
     with Sampler([Fake("slow", nap_s=0.5), Fake("fast")], hz=50) as sampler:
         time.sleep(0.6)
@@ -58,6 +61,7 @@ def test_a_slow_probe_delays_only_itself() -> None:
     assert report["slow"]["ticks"] <= 2
 
 
+@pytest.mark.clock
 def test_a_probe_that_raises_is_recorded_and_read_again() -> None:
     with Sampler([Fake(fails_at=2)], hz=50) as sampler:
         time.sleep(0.2)
@@ -74,6 +78,7 @@ def test_the_clock_of_the_run_stamps_the_samples() -> None:
     assert sampler.frame()["t_s"].between(1000.0, 1001.0).all()
 
 
+@pytest.mark.clock
 def test_the_sampler_names_its_own_cost() -> None:
     class Busy(Fake):
         def read(self) -> dict[str, float]:
@@ -88,6 +93,7 @@ def test_the_sampler_names_its_own_cost() -> None:
     assert sampler.report()["cpu_share"] == pytest.approx(0.1, rel=0.3)
 
 
+@pytest.mark.clock
 def test_stop_ends_the_threads_and_leaves_the_frame() -> None:
     before = threading.active_count()
     sampler = Sampler([Fake()], hz=1).start()

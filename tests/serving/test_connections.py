@@ -97,6 +97,7 @@ def test_a_slow_reader_gets_everything(helpers: Any, engine: Any) -> None:
     assert got.count(b"x" * 2_000) == 3_000
 
 
+@pytest.mark.clock
 def test_the_first_byte_comes_with_the_first_token_and_each_token_at_once(helpers: Any, url: str, engine: Any) -> None:
     engine.gap_s = 0.2
     connection = helpers.connect(url)

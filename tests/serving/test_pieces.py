@@ -54,6 +54,7 @@ def test_a_chunk_goes_out_when_its_tokens_are_there_or_the_answer_ends() -> None
     assert [each[:2] for each in chunks(plan, 3)] == [("abc", 3), ("def", 3), ("gh", 2)]
 
 
+@pytest.mark.clock
 def test_a_chunk_goes_out_when_its_first_token_has_waited() -> None:
     plan = [piece("a"), 0.02, piece("b"), 0.5, piece("c"), piece("d", finish="stop")]
     (first, _, at), (second, _, later) = chunks(plan, 100, 0.1)

@@ -28,6 +28,7 @@ async def collect(engine: ScheduleEngine, tokens: int) -> list[tuple[float, Any]
     return [(time.monotonic(), delta) async for delta in engine.stream([1, 2], SamplingParams(max_tokens=tokens))]
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize(("asked", "tokens", "reason"), [(100, 8, "stop"), (5, 5, "length")])
 def test_tokens_come_when_they_are_due(tiny_model: Path, asked: int, tokens: int, reason: str) -> None:
     made = engine(tiny_model)
@@ -42,6 +43,7 @@ async def _several(made: ScheduleEngine, asked: int) -> list[list[tuple[float, A
     return await asyncio.gather(*(collect(made, asked) for _ in range(20)))
 
 
+@pytest.mark.clock
 def test_a_stream_that_is_given_up_leaves_the_others_alone(tiny_model: Path) -> None:
     made = engine(tiny_model)
 

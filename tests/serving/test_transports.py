@@ -59,6 +59,7 @@ def test_the_same_answer_over_every_transport(helpers: Any, engine: Any, wire: A
     assert engine.running == 0 and {tuple(ids) for ids, _ in engine.seen} == {tuple(engine.seen[0][0])}
 
 
+@pytest.mark.clock
 def test_each_token_is_sent_at_once_over_every_transport(helpers: Any, engine: Any, wire: Any) -> None:
     engine.gap_s = 0.15
     with helpers.running(engine, None, *wire) as url:

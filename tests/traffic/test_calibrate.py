@@ -67,6 +67,7 @@ def test_a_script_takes_after_the_answers_seen():
     assert script_like(events(0)) == Script(ttft_s=0.1, itl_s=0.01, tokens=20)
 
 
+@pytest.mark.clock
 def test_calibration_finds_a_healthy_client_healthy():
     found = calibrate(Workload.article(users=6, requests=10), Script(ttft_s=0.1, itl_s=0.02, tokens=10))
     assert found.requests >= 20 and found.failures == 0
@@ -75,6 +76,7 @@ def test_calibration_finds_a_healthy_client_healthy():
     assert found.added_share == pytest.approx(found.added_p95_s / 0.28, rel=0.1)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("transport", ["http/2 tls", "http/3", "grpc"])
 def test_a_client_is_calibrated_over_the_transport_it_used(transport, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # where the server keeps its certificate

@@ -17,6 +17,7 @@ PLAIN = b'{"model": "golden", "messages": []}'
 MULTIPLEXED = ("http/2", "http/2 tls", "http/3", "grpc")
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_times_lie_between_the_servers_sends_and_shortly_after(asked, transport):
     server = asked([Script(ttft_s=0.05, itl_s=0.02, tokens=10, reasoning=4, headers_s=0.03)], transport)

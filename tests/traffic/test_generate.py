@@ -23,6 +23,7 @@ from labkit.training.ledger import make_problem
 SHORT = {"short": 1.0}
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("processes", [1, 2])
 def test_counts_are_exact_and_times_lie_just_after_the_servers(processes):
     scripts = [
@@ -65,6 +66,7 @@ def test_processes_share_connections_and_the_schedule_over_every_transport(trans
     assert table["text"].tolist() == [script.text(0, script.tokens - 1) for script in scripts]
 
 
+@pytest.mark.clock
 def test_prompts_follow_from_the_seed_and_answers_are_checked(tmp_path):
     """The trace asks two questions; the golden server answers both with ' t0'."""
     rows = [
@@ -81,6 +83,7 @@ def test_prompts_follow_from_the_seed_and_answers_are_checked(tmp_path):
     assert sent == pytest.approx([0.0, 0.1, 0.2], abs=0.03)
 
 
+@pytest.mark.clock
 def test_an_open_loop_keeps_its_schedule_while_the_server_sleeps():
     workload = Workload.article(arrivals="constant", rate=40.0, duration_s=1.0, mix=SHORT)
     with Golden([Script(ttft_s=0.8, tokens=2)]) as golden:

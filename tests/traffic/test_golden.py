@@ -15,6 +15,7 @@ from labkit.traffic.workload import Workload
 FAST = Workload.article(users=2, requests=6, mix={"short": 1.0})
 
 
+@pytest.mark.clock
 def test_sends_keep_to_the_schedule_without_drift():
     with Golden([Script(ttft_s=0.02, itl_s=0.003, tokens=100)]) as golden:
         run_load(golden.url, FAST.but(users=1, requests=1))
