@@ -45,11 +45,11 @@ SENTENCES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A bound on a time also breaks when the machine stands still for a moment; a fault of ours breaks it every time.
 
-    Tests that are not marked so have one try.
+    So an assertion is tried again, an exception is not; and tests that are not marked have one try.
     """
     for item in items:
         if item.get_closest_marker("clock"):
-            item.add_marker(pytest.mark.flaky(reruns=2))
+            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun="AssertionError"))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ from labkit.traffic.workload import Workload
 MIX = (("short", 0.6), ("medium", 0.3), ("long", 0.1))
 
 
-@pytest.mark.clock
 def test_ours_counts_all_as_the_log_does_and_the_articles_client_as_its_code_says() -> None:
     """Forty requests are two rounds of the script: of every fault there are two, and 26 whole answers."""
     found = generators.measure_generators((LABKIT, ARTICLE), users=40, requests=40, timeout_s=1.0)

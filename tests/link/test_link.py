@@ -128,7 +128,6 @@ def test_a_drop_tail_buffer_overflows_where_arithmetic_says(open_link, flood):
         assert counts[0].overflowed == 150 - len(arrived) and counts[0].missed == 0
 
 
-@pytest.mark.clock
 def test_a_transfer_over_a_lossy_link_is_whole_and_counted(tmp_path, open_link, python_in):
     size = 600_000
     with open_link(rtt_ms=4, loss=0.02, seed=1, congestion="reno") as link, link.pcap(tmp_path / "client.pcap"):

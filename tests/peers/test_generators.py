@@ -8,7 +8,7 @@ from labkit.experiments.generator_tools import GUIDELLM, JMETER, LOCUST, Told
 from labkit.experiments.generator_truth import WHOLE, Truth
 from labkit.experiments.generators import judge_tools, measure_generators, measure_under_load
 
-pytestmark = [pytest.mark.peers, pytest.mark.clock, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.peers, pytest.mark.timeout(300)]
 
 
 def ran(tool: str, may_lose: int = 0) -> tuple[Told, Truth]:

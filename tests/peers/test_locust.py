@@ -16,7 +16,7 @@ import pytest
 from labkit.traffic.golden import Golden, Script
 from labkit.traffic.workload import Workload
 
-pytestmark = [pytest.mark.peers, pytest.mark.clock, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.peers, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [Script(ttft_s=0.2, itl_s=0.02, tokens=21, reasoning=5)] * 4
@@ -65,6 +65,7 @@ def shown(url: str) -> str:
             time.sleep(0.2)
 
 
+@pytest.mark.clock
 def test_times_are_those_of_the_script_and_truncated_streams_are_failures(command, tmp_path):
     with Golden([*SCRIPTS, Script(ttft_s=0.2, itl_s=0.02, tokens=21, fault="truncate")]) as golden:
         run(command(golden.url, "--headless", "-u", "8", "-r", "8", "-t", "6s", "--csv", tmp_path / "out"), 1)

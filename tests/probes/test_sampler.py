@@ -61,7 +61,6 @@ def test_a_slow_probe_delays_only_itself() -> None:
     assert report["slow"]["ticks"] <= 2
 
 
-@pytest.mark.clock
 def test_a_probe_that_raises_is_recorded_and_read_again() -> None:
     with Sampler([Fake(fails_at=2)], hz=50) as sampler:
         time.sleep(0.2)
@@ -93,7 +92,6 @@ def test_the_sampler_names_its_own_cost() -> None:
     assert sampler.report()["cpu_share"] == pytest.approx(0.1, rel=0.3)
 
 
-@pytest.mark.clock
 def test_stop_ends_the_threads_and_leaves_the_frame() -> None:
     before = threading.active_count()
     sampler = Sampler([Fake()], hz=1).start()

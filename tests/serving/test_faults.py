@@ -135,7 +135,6 @@ def connected(helpers: Any, url: str, request: bytes, engine: Any) -> socket.soc
     return connection
 
 
-@pytest.mark.clock
 @pytest.mark.parametrize("fault", ["reset", "half-closed", "header bytes", "body bytes", "idle"])
 def test_faults_of_a_connection(served: str, helpers: Any, engine: Any, fault: str) -> None:
     held = []
@@ -170,7 +169,6 @@ def test_faults_of_a_connection(served: str, helpers: Any, engine: Any, fault: s
         connection.close()
 
 
-@pytest.mark.clock
 @pytest.mark.parametrize("served", ["http/2"], indirect=True)
 @pytest.mark.parametrize("fault", ["goaway", "rst_stream", "oversize frame", "no window", "connection lost"])
 def test_faults_of_a_connection_that_many_streams_share(served: str, helpers: Any, engine: Any, fault: str) -> None:

@@ -43,7 +43,6 @@ async def _several(made: ScheduleEngine, asked: int) -> list[list[tuple[float, A
     return await asyncio.gather(*(collect(made, asked) for _ in range(20)))
 
 
-@pytest.mark.clock
 def test_a_stream_that_is_given_up_leaves_the_others_alone(tiny_model: Path) -> None:
     made = engine(tiny_model)
 

@@ -23,7 +23,6 @@ from labkit.training.ledger import make_problem
 SHORT = {"short": 1.0}
 
 
-@pytest.mark.clock
 @pytest.mark.parametrize("processes", [1, 2])
 def test_counts_are_exact_and_times_lie_just_after_the_servers(processes):
     scripts = [
