@@ -152,7 +152,7 @@ class LabkitCore:
         launched = self.runner.launch(work)
         for sequence, tokens in work:
             sequence.computed += tokens
-        for sequence in launched.sampled:
+        for sequence in launched.sampled.values():
             if len(sequence.tokens) == sequence.prompt_len:
                 self._prompt_tokens += sequence.prompt_len
             sequence.tokens.append(PLACEHOLDER)

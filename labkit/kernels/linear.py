@@ -40,9 +40,14 @@ def is_whole(x: Tensor) -> bool:
     return len(x) == 1 and x.shape[1] <= MOST_WHOLE_INPUTS
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, inputs] times the transpose of weight [outputs, inputs], plus bias [outputs]: [rows, outputs]."""
-    return linear_triton(x, weight, bias) if is_skinny(x) else F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x [rows, inputs] times the transpose of weight [outputs, inputs], plus bias [outputs]: [rows, outputs], in
+    ``out`` if it is given."""
+    if is_skinny(x):
+        return linear_triton(x, weight, bias, out)
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
 
 
 def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
@@ -77,9 +82,11 @@ def _norm(x: Tensor, residual: Tensor | None, norm: Tensor, eps: float) -> tuple
     return (rms_norm(x, norm, eps), x) if residual is None else add_rms_norm(x, residual, norm, eps)
 
 
-def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` of up to 8 rows, contiguous like the weight."""
-    return _launch_whole(x, weight, bias)[0] if is_whole(x) else _launch_looped(x, weight, bias, silu=False)
+def linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``linear`` of up to 8 rows, contiguous like the weight and ``out``."""
+    if is_whole(x):
+        return _launch_whole(x, weight, bias, out=out)[0]
+    return _launch_looped(x, weight, bias, silu=False, out=out)
 
 
 def linear_silu_mul_triton(x: Tensor, gate_up_weight: Tensor) -> Tensor:
@@ -111,11 +118,12 @@ def _launch_whole(
     norm: Tensor | None = None,
     eps: float = 0.0,
     silu: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The product and, where there is a residual, its sum with x; else x itself."""
     inputs = x.shape[1]
     outputs = len(weight) // 2 if silu else len(weight)
-    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, outputs), dtype=x.dtype, device=x.device) if out is None else out
     total = x if residual is None else torch.empty_like(x)
     tile_outputs, tile_inputs, warps = whole_tuning(outputs, inputs, silu)
     _whole[(triton.cdiv(outputs, tile_outputs),)](
@@ -126,10 +134,10 @@ def _launch_whole(
     return out, total
 
 
-def _launch_looped(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def _launch_looped(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, out: Tensor | None = None) -> Tensor:
     rows, inputs = x.shape
     outputs = len(weight) // 2 if silu else len(weight)
-    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device) if out is None else out
     padded, tile_outputs, tile_inputs, stages, warps = looped_tuning(rows, outputs, inputs)
     _looped[(triton.cdiv(outputs, tile_outputs),)](
         x, weight, bias, out, rows, outputs, INPUTS=inputs, BIAS=bias is not None, SILU=silu,

@@ -33,12 +33,15 @@ def w8a16_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tenso
     return F.linear(x, (weight.float() * scale[:, None]).to(x.dtype), bias)
 
 
-def w8a16_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def w8a16_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """``w8a16_linear_reference``, by the kernel for this many rows: up to 256 in 16 bits on CUDA -> Triton, else the
-    reference."""
+    reference. The product is written to ``out`` if it is given."""
     if x.is_cuda and 0 < len(x) <= MOST_ROWS and x.dtype != torch.float32 and x.is_contiguous():
-        return w8a16_linear_triton(x, weight, scale, bias)
-    return w8a16_linear_reference(x, weight, scale, bias)
+        return w8a16_linear_triton(x, weight, scale, bias, out)
+    product = w8a16_linear_reference(x, weight, scale, bias)
+    return product if out is None else out.copy_(product)
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,17 @@ def tuning(rows: int, inputs: int) -> One | Some:
     return Some(128, 64, 128, 8, 4) if rows <= 64 else Some(64, 128, 128, 4, 3)
 
 
-def w8a16_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    return launch(x, weight, scale, bias, tuning(*x.shape))
+def w8a16_linear_triton(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    return launch(x, weight, scale, bias, tuning(*x.shape), out)
 
 
-def launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, cut: One | Some) -> Tensor:
+def launch(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, cut: One | Some, out: Tensor | None = None
+) -> Tensor:
     (rows, inputs), outputs = x.shape, len(weight)
-    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device) if out is None else out
     if isinstance(cut, One):
         _one[(triton.cdiv(outputs, cut.outputs),)](
             x, weight, scale, bias, out, outputs, INPUTS=inputs, BIAS=bias is not None, OUT=cut.outputs, IN=cut.inputs,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labkit.kernels.embedding import embed
 from labkit.kernels.linear import linear
 from labkit.kernels.metadata import AttentionMetadata
 from labkit.kernels.w8a16 import pack_int8, w8a16_linear
@@ -36,21 +37,32 @@ class Decoder(nn.Module):
         # Of labkit.kernels.rope.RopeTable; computed when the weights are loaded.
         self.register_buffer("cos_sin", torch.empty(shape.max_positions, shape.rotary_dim), persistent=False)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, cache: Sequence[Tensor], meta: AttentionMetadata) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        cache: Sequence[Tensor],
+        meta: AttentionMetadata,
+        last_tokens: Tensor | None = None,
+    ) -> Tensor:
         """token_ids, positions: [tokens] int64. cache: one tensor a layer, [cache_planes, cache_heads, blocks,
         block_size, cache_width] of ``shape``, to which the new tokens' keys and values (or latents) are written.
-        Returns [tokens, hidden], normed, in the weights' dtype."""
+        last_tokens: [rows] int64, where a token of -1 - row is looked up. Returns [tokens, hidden], normed, in the
+        weights' dtype."""
         step = Step(positions, self.cos_sin, meta)
-        x: Tensor = F.embedding(token_ids, self.embed)
+        x = F.embedding(token_ids, self.embed) if last_tokens is None else embed(token_ids, last_tokens, self.embed)
         residual: Tensor | None = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x, residual = layer(x, residual, layer_cache, step)
         return self.norm(x) if residual is None else self.norm.of_sum(x, residual)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden: [rows, hidden] as ``forward`` returns it; returns [rows, vocab], in float32 on the CPU and in the
-        weights' dtype on CUDA."""
-        logits = linear(hidden, self.head) if self.int8_head is None else w8a16_linear(hidden, *self.int8_head)
+        weights' dtype on CUDA, where they can be written to ``out``."""
+        if self.int8_head is None:
+            logits = linear(hidden, self.head, out=out)
+        else:
+            logits = w8a16_linear(hidden, *self.int8_head, out=out)
         return logits if logits.is_cuda else logits.float()
 
     def round_head(self) -> None:

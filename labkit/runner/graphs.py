@@ -42,7 +42,7 @@ class GraphPool:
         self._mixed_decodes = sorted({size.decodes for size in sizes if size.chunks})
         self._chunk_tokens = sorted({size.chunk_tokens for size in sizes if size.chunks})
         self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
-        self._outputs: dict[Size, Tensor] = {}
+        self._outputs: dict[Size, tuple[Tensor, Tensor]] = {}
         self._memory: Any = None
 
     def fit(self, size: Size) -> Size | None:
@@ -56,8 +56,9 @@ class GraphPool:
             return None
         return Size(decodes, CHUNKS, tokens)
 
-    def capture(self, size: Size, forward: Callable[[], Tensor]) -> None:
-        """Captures ``forward``, which must read from addresses that stay and return memory that outlives the call.
+    def capture(self, size: Size, forward: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Captures ``forward``, which must read from addresses that stay. What it returns takes memory as long as the
+        graph is there, so that large results should be in memory that graphs share.
 
         It is run once before, because Triton compiles at the first call.
         """
@@ -69,7 +70,7 @@ class GraphPool:
             self._outputs[size] = forward()
         self._graphs[size] = graph
 
-    def replay(self, size: Size) -> Tensor:
+    def replay(self, size: Size) -> tuple[Tensor, Tensor]:
         """Runs a captured step; what it returned at capture holds the results."""
         self._graphs[size].replay()
         return self._outputs[size]

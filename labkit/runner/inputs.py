@@ -19,6 +19,15 @@ ALIGNMENT = 16
 
 MOST_INT32 = 2**31 - 1
 
+SAMPLING_TYPES = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "uniforms": np.float64,
+}
+"""The parts of ``StepInputs`` that say how to sample."""
+
 
 class Size(NamedTuple):
     """What a step is made of, padding included: sequences with one new token, then chunks and their tokens."""
@@ -42,6 +51,12 @@ def size_of(work: list[Work]) -> Size:
     return Size(decodes, len(work) - decodes, sum(share.tokens for share in work[decodes:]))
 
 
+def places_of(work: list[Work], size: Size) -> list[int]:
+    """Where each share's sequence is among those of a step padded to ``size``."""
+    decodes = size_of(work).decodes
+    return [*range(decodes), *range(size.decodes, size.decodes + len(work) - decodes)]
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """What the model needs for one step, on the device."""
@@ -53,25 +68,23 @@ class StepInputs:
     slots: Tensor
     """[tokens] int64: where keys and values go, block * block_size + offset; -1 for padding."""
     rows: Tensor
-    """[sequences] int32: each sequence's row in the tables."""
+    """[sequences] int64: each sequence's row in the tables."""
     contexts: Tensor
     """[sequences] int32"""
     query_starts: Tensor
     """[sequences + 1] int32"""
-    sample_tokens: Tensor
-    """[samples] int64: where in the token stream the sampled positions are, in the order of the work."""
-    sample_rows: Tensor
-    """[samples] int64: their sequences' rows in the tables."""
+    ends: Tensor
+    """[sequences] int64: where in the token stream each sequence's last new token is."""
     temperature: Tensor
-    """[samples] float32; this and the four that follow are empty where every sample is the likeliest token."""
+    """[sequences] float32; this and the four that follow are empty where every sequence takes its likeliest token."""
     top_k: Tensor
-    """[samples] int32"""
+    """[sequences] int32"""
     top_p: Tensor
-    """[samples] float32"""
+    """[sequences] float32"""
     min_p: Tensor
-    """[samples] float32"""
+    """[sequences] float32"""
     uniforms: Tensor
-    """[samples] float64: a random number in [0, 1) for each."""
+    """[sequences] float64: a random number in [0, 1) for each."""
     new_places: Tensor
     """[new blocks] int64: where in the flattened block tables blocks were added."""
     new_blocks: Tensor
@@ -112,7 +125,7 @@ def arrays(work: list[Work], size: Size, tables: BlockTables, block_size: int) -
     decodes = size_of(work).decodes
     ids = np.zeros(size.tokens, np.int64)
     positions = np.zeros(size.tokens, np.int64)
-    rows = np.full(size.sequences, tables.nobody, np.int32)
+    rows = np.full(size.sequences, tables.nobody, np.int64)
     contexts = np.zeros(size.sequences, np.int32)
     starts = np.full(size.sequences + 1, size.decodes, np.int32)
     owners = np.full(size.tokens, tables.nobody, np.int64)
@@ -135,8 +148,6 @@ def arrays(work: list[Work], size: Size, tables: BlockTables, block_size: int) -
 
     slots = tables.host[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
     slots[owners == tables.nobody] = -1
-    sampled = [index for index, share in enumerate(work) if share.samples]
-    ends = np.concatenate((np.arange(decodes), starts[size.decodes + 1 : size.decodes + 1 + len(work) - decodes] - 1))
     return {
         "token_ids": ids,
         "positions": positions,
@@ -144,25 +155,25 @@ def arrays(work: list[Work], size: Size, tables: BlockTables, block_size: int) -
         "rows": rows,
         "contexts": contexts,
         "query_starts": starts,
-        "sample_tokens": ends[sampled].astype(np.int64),
-        "sample_rows": np.array([sequences[index].row for index in sampled], np.int64),
-        **_sampling_arrays([sequences[index] for index in sampled]),
+        "ends": np.maximum(starts[1:].astype(np.int64) - 1, 0),
+        **_sampling_arrays(sequences, places_of(work, size), size),
         "new_places": np.array(places, np.int64),
         "new_blocks": np.array(numbers, np.int32),
     }
 
 
-def _sampling_arrays(sampled: list[Sequence]) -> dict[str, np.ndarray]:
-    if all(sequence.sampling.temperature < COLDEST for sequence in sampled):
-        sampled = []
-    sampling = [sequence.sampling for sequence in sampled]
-    return {
-        "temperature": np.array([params.temperature for params in sampling], np.float32),
-        "top_k": np.array([min(params.top_k, MOST_INT32) for params in sampling], np.int32),
-        "top_p": np.array([params.top_p for params in sampling], np.float32),
-        "min_p": np.array([params.min_p for params in sampling], np.float32),
-        "uniforms": np.array([uniform(sequence.seed, len(sequence.tokens)) for sequence in sampled], np.float64),
-    }
+def _sampling_arrays(sequences: list[Sequence], places: list[int], size: Size) -> dict[str, np.ndarray]:
+    cold = all(sequence.sampling.temperature < COLDEST for sequence in sequences)
+    length = 0 if cold else size.sequences
+    parts = {name: np.zeros(length, dtype) for name, dtype in SAMPLING_TYPES.items()}
+    if not cold:
+        sampling = [sequence.sampling for sequence in sequences]
+        parts["temperature"][places] = [params.temperature for params in sampling]
+        parts["top_k"][places] = [min(params.top_k, MOST_INT32) for params in sampling]
+        parts["top_p"][places] = [params.top_p for params in sampling]
+        parts["min_p"][places] = [params.min_p for params in sampling]
+        parts["uniforms"][places] = [uniform(sequence.seed, len(sequence.tokens)) for sequence in sequences]
+    return parts
 
 
 class Mailbox:

@@ -18,7 +18,17 @@ from labkit.models.parallel import Parallel
 from labkit.request import SamplingParams, TokenLogprob
 from labkit.runner import cache as kv
 from labkit.runner.graphs import CHUNKS, GraphPool, decode_sizes, mixed_sizes
-from labkit.runner.inputs import BlockTables, Mailbox, Size, StepInputs, arrays, capacity_bytes, metadata, size_of
+from labkit.runner.inputs import (
+    BlockTables,
+    Mailbox,
+    Size,
+    StepInputs,
+    arrays,
+    capacity_bytes,
+    metadata,
+    places_of,
+    size_of,
+)
 from labkit.runner.sampling import Logprobs, gather_logprobs, read_logprobs
 from labkit.runner.sequence import Sequence, Work
 from labkit.runner.workers import Workers
@@ -38,10 +48,10 @@ class Launched(NamedTuple):
     """A step that the device has been told to do. Its tokens are there once ``ready`` has come."""
 
     work: list[Work]
-    sampled: list[Sequence]
-    """The sequences that get a token, in the order of ``tokens``."""
+    sampled: dict[int, Sequence]
+    """The sequences that get a token, by its place in ``tokens``."""
     tokens: Tensor
-    """[sampled] int64 on the host; pinned on CUDA."""
+    """[sequences] int64 on the host, those of padding too; pinned on CUDA."""
     logprobs: Logprobs | None
     ready: torch.cuda.Event | None
     workers: Workers | None = None
@@ -53,8 +63,9 @@ class Launched(NamedTuple):
         if self.workers is not None:
             self.workers.check()
         tokens = self.tokens.tolist()
-        logprobs = read_logprobs(self.logprobs, tokens, [sequence.sampling for sequence in self.sampled])
-        return [Sampled(*each) for each in zip(self.sampled, tokens, logprobs, strict=True)]
+        asked = {place: sequence.sampling for place, sequence in self.sampled.items()}
+        logprobs = read_logprobs(self.logprobs, tokens, asked)
+        return [Sampled(sequence, tokens[at], logprobs.get(at)) for at, sequence in self.sampled.items()]
 
 
 class Runner:
@@ -112,36 +123,32 @@ class Runner:
         work = sorted(work, key=lambda share: share.tokens > 1)
         size = size_of(work)
         captured = self._fit(size)
-        parts = arrays(work, captured or size, self.tables, self.block_size)
-        found = self._everywhere("run", parts, captured or size, captured is not None)
-        if found is None:
-            return Launched(work, [], torch.empty(0, dtype=torch.int64), None, None)
-        return self._reply(work, *found)
+        padded = captured or size
+        parts = arrays(work, padded, self.tables, self.block_size)
+        logits, tokens = self._everywhere("run", parts, padded, captured is not None)
+        places = zip(places_of(work, padded), work, strict=True)
+        ending = {place: share.sequence for place, share in places if share.samples}
+        return self._reply(work, ending, logits, tokens)
 
     @torch.inference_mode()
-    def run(self, parts: dict[str, np.ndarray], size: Size, captured: bool) -> tuple[Tensor, Tensor] | None:
-        """Computes a step on this rank, of which ``parts`` is all there is to know, and keeps the sampled tokens on the
-        device for the next step. ``captured``: whether there is a graph of ``size``.
+    def run(self, parts: dict[str, np.ndarray], size: Size, captured: bool) -> tuple[Tensor, Tensor]:
+        """Computes a step on this rank, of which ``parts`` is all there is to know, and keeps the next token of every
+        sequence on the device for the next step. ``captured``: whether there is a graph of ``size``.
 
-        Returns logits [samples, vocab] and the tokens sampled from them, [samples] int64; None where there are none.
+        Returns logits [sequences, vocab] and the tokens sampled from them, [sequences] int64, good until the next step.
         """
         inputs = self._mailbox.send(parts)
         if len(inputs.new_blocks):
             self.tables.device.view(-1).index_copy_(0, inputs.new_places, inputs.new_blocks)
         if captured:
-            hidden = self._graphs.replay(size)
+            logits, tokens = self._graphs.replay(size)
         else:
             lens = np.diff(parts["query_starts"]).tolist(), parts["contexts"].tolist()
-            hidden = self._forward(inputs, size, lens)
-        if not len(inputs.sample_tokens):
-            return None
-        logits = self.model.logits(hidden[inputs.sample_tokens])
+            logits, tokens = self._forward(inputs, size, lens)
         if len(inputs.temperature):
             filters = inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p
             tokens = sample(logits, *filters, inputs.uniforms)
-        else:
-            tokens = greedy(logits)
-        self._last_tokens.index_copy_(0, inputs.sample_rows, tokens)
+            self._last_tokens.index_copy_(0, inputs.rows, tokens)
         return logits, tokens
 
     def warm_up(self) -> None:
@@ -163,22 +170,27 @@ class Runner:
             self._workers.call(method, *args)
             return getattr(self, method)(*args)
 
-    def _forward(self, inputs: StepInputs, size: Size, lens: tuple[list[int], list[int]]) -> Tensor:
-        """Hidden states [tokens, hidden] of a step; ``lens`` as in ``metadata``."""
-        known = inputs.token_ids
-        sampled = self._last_tokens[(-1 - known).clamp_(min=0)]
-        token_ids = torch.where(known < 0, sampled, known)
+    def _forward(
+        self, inputs: StepInputs, size: Size, lens: tuple[list[int], list[int]], out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [sequences, vocab] of a step, in ``out`` if it is given, and the likeliest tokens [sequences], which
+        are kept for the next; ``lens`` as in ``metadata``."""
         meta = metadata(inputs, self.tables, size, lens, self.deployment.attention == "triton")
-        return self.model(token_ids, inputs.positions, self.cache, meta)
+        hidden = self.model(inputs.token_ids, inputs.positions, self.cache, meta, self._last_tokens)
+        logits = self.model.logits(hidden[inputs.ends] if size.chunks else hidden, out)
+        tokens = greedy(logits)
+        self._last_tokens.index_copy_(0, inputs.rows, tokens)
+        return logits, tokens
 
-    def _reply(self, work: list[Work], logits: Tensor, tokens: Tensor) -> Launched:
+    def _reply(self, work: list[Work], ending: dict[int, Sequence], logits: Tensor, tokens: Tensor) -> Launched:
         """Starts the sampled tokens' way to the host."""
-        ending = [share.sequence for share in work if share.samples]
-        logprobs = gather_logprobs(logits, tokens, [sequence.sampling for sequence in ending])
+        if not ending:
+            return Launched(work, ending, torch.empty(0, dtype=torch.int64), None, None)
+        logprobs = gather_logprobs(logits, tokens, {place: each.sampling for place, each in ending.items()})
         if self.device.type != "cuda":
             return Launched(work, ending, tokens, logprobs, None, self._workers)
         self._replies.reverse()
-        reply = self._replies[0][: len(ending)]
+        reply = self._replies[0][: len(tokens)]
         reply.copy_(tokens, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
@@ -194,8 +206,8 @@ class Runner:
         """Captures a step of padding alone."""
         parts = arrays([], size, self.tables, self.block_size)
         self._mailbox.send(parts)
-        inputs, out = self._mailbox.where(parts), self._hidden[: size.tokens]
-        self._graphs.capture(size, lambda: out.copy_(self._forward(inputs, size, ([], []))))
+        inputs, out = self._mailbox.where(parts), self._logits[: size.sequences]
+        self._graphs.capture(size, lambda: self._forward(inputs, size, ([], []), out))
 
     def allocate(self, blocks: int, context: int) -> None:
         """The KV cache and everything of which there is one for as long as the runner lives."""
@@ -208,9 +220,10 @@ class Runner:
         self._mailbox = Mailbox(capacity_bytes(most_tokens, deployment.max_batch + CHUNKS, blocks), device)
         self._last_tokens = torch.zeros(deployment.max_batch + 1, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"
-        self._replies = [torch.zeros(deployment.max_batch, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
-        captured = max((size.tokens for size in self._graphs.sizes), default=0)
-        self._hidden = torch.zeros(captured, shape.hidden_size, dtype=dtype, device=device)
+        most = deployment.max_batch + CHUNKS
+        self._replies = [torch.zeros(most, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        captured = max((size.sequences for size in self._graphs.sizes), default=0)
+        self._logits = torch.zeros(captured, shape.vocab_size, dtype=dtype, device=device)
 
     @torch.inference_mode()
     def _activation_bytes(self, context: int) -> int:

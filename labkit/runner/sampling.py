@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,9 +30,9 @@ class Logprobs(NamedTuple):
     """[rows asked, widest] int64: which tokens these are."""
 
 
-def gather_logprobs(logits: Tensor, tokens: Tensor, sampling: Sequence[SamplingParams]) -> Logprobs | None:
-    """What each row's ``logprobs`` asks for; None where no row asks. logits: [rows, vocab], tokens: [rows]."""
-    asked = [row for row, params in enumerate(sampling) if params.logprobs is not None]
+def gather_logprobs(logits: Tensor, tokens: Tensor, sampling: Mapping[int, SamplingParams]) -> Logprobs | None:
+    """What the ``logprobs`` of some rows ask for; None where none asks. logits: [rows, vocab], tokens: [rows]."""
+    asked = [row for row, params in sampling.items() if params.logprobs is not None]
     if not asked:
         return None
     rows = torch.tensor(asked, device=logits.device)
@@ -43,10 +43,10 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, sampling: Sequence[SamplingP
 
 
 def read_logprobs(
-    found: Logprobs | None, tokens: Sequence[int], sampling: Sequence[SamplingParams]
-) -> list[TokenLogprob | None]:
-    """A row's log-probabilities on the host, None where it asked for none. Waits for the device."""
-    read: list[TokenLogprob | None] = [None] * len(tokens)
+    found: Logprobs | None, tokens: Sequence[int], sampling: Mapping[int, SamplingParams]
+) -> dict[int, TokenLogprob]:
+    """The log-probabilities of rows that asked for them, on the host. Waits for the device."""
+    read: dict[int, TokenLogprob] = {}
     if found is None:
         return read
     chosen, values, ids = found.chosen.tolist(), found.values.tolist(), found.ids.tolist()
@@ -58,8 +58,10 @@ def read_logprobs(
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, sampling: Sequence[SamplingParams]) -> list[TokenLogprob | None]:
-    """``gather_logprobs`` and ``read_logprobs`` at once."""
-    return read_logprobs(gather_logprobs(logits, tokens, sampling), tokens.tolist(), sampling)
+    """``gather_logprobs`` and ``read_logprobs`` at once, for all rows; None for those that ask for none."""
+    asked = dict(enumerate(sampling))
+    read = read_logprobs(gather_logprobs(logits, tokens, asked), tokens.tolist(), asked)
+    return [read.get(row) for row in asked]
 
 
 def _mix(value: int) -> int:

@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from labkit.request import SamplingParams
-from labkit.runner.inputs import BlockTables, Mailbox, Size, StepInputs, arrays, capacity_bytes, metadata, size_of
+from labkit.runner.inputs import (
+    BlockTables,
+    Mailbox,
+    Size,
+    StepInputs,
+    arrays,
+    capacity_bytes,
+    metadata,
+    places_of,
+    size_of,
+)
 from labkit.runner.sequence import PLACEHOLDER, Sequence, Work
 
 CPU = torch.device("cpu")
@@ -35,8 +45,7 @@ def test_packing_says_where_every_token_is_and_goes() -> None:
     assert found.rows.tolist() == [3, 0, 2]
     assert found.contexts.tolist() == [6, 9, 2]
     assert found.query_starts.tolist() == [0, 1, 7, 9]
-    assert found.sample_tokens.tolist() == [0, 8], "the chunk does not reach its end, so it samples nothing"
-    assert found.sample_rows.tolist() == [3, 2]
+    assert found.ends.tolist() == [0, 6, 8]
 
 
 def test_padding_touches_nothing() -> None:
@@ -47,10 +56,10 @@ def test_padding_touches_nothing() -> None:
     assert found.rows.tolist() == [3, 4, 4, 0, 2, 4, 4], "rows of padding are nobody's"
     assert found.contexts.tolist() == [6, 0, 0, 9, 2, 0, 0]
     assert found.query_starts.tolist() == [0, 1, 2, 3, 9, 11, 11, 11]
-    assert found.sample_tokens.tolist() == [0, 10]
+    assert found.ends.tolist() == [0, 1, 2, 8, 10, 10, 10]
     nothing = inputs([], Size(2, 1, 3), tables)
     assert nothing.contexts.tolist() == [0, 0, 0] and nothing.slots.tolist() == [-1] * 5
-    assert nothing.query_starts.tolist() == [0, 1, 2, 2] and len(nothing.sample_tokens) == 0
+    assert nothing.query_starts.tolist() == [0, 1, 2, 2] and nothing.ends.tolist() == [0, 1, 1]
 
 
 def test_only_blocks_that_are_new_travel() -> None:
@@ -79,9 +88,12 @@ def test_sampling_parameters_travel_only_where_somebody_samples() -> None:
     assert len(inputs(work, size_of(work), BlockTables(4, 5, CPU)).temperature) == 0
     work[2].sequence.sampling = SamplingParams(temperature=0.5, top_k=10**12, top_p=0.25)
     found = inputs(work, size_of(work), BlockTables(4, 5, CPU))
-    assert found.temperature.tolist() == [0, 0.5] and found.top_p.tolist() == [1, 0.25]
-    assert found.top_k.tolist() == [0, 2**31 - 1], "more than any vocabulary has"
+    assert found.temperature.tolist() == [0, 0, 0.5] and found.top_p.tolist() == [1, 1, 0.25]
+    assert found.top_k.tolist() == [0, 0, 2**31 - 1], "more than any vocabulary has"
     assert all(0 <= each < 1 for each in found.uniforms.tolist())
+    padded = Size(decodes=3, chunks=3, chunk_tokens=10)
+    assert places_of(work, padded) == [0, 3, 4]
+    assert inputs(work, padded, BlockTables(4, 5, CPU)).temperature.tolist() == [0, 0, 0, 0, 0.5, 0]
 
 
 @pytest.mark.parametrize("seed", range(3))
