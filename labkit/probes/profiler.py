@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 import torch
+from torch.profiler import ProfilerActivity
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention products": ("bmm", "baddbmm", "einsum", "scaled_dot_product", "flash_attention", "efficient_attention"),
@@ -31,47 +32,37 @@ def quiet() -> None:
 
 
 def operators(call: Callable[[], object]) -> pd.DataFrame:
-    """Runs ``call`` under the profiler, with a GPU once more before. One row an operator, the dearest first.
+    """Runs ``call`` once under the profiler. One row an operator, the dearest first.
 
-    Columns: op (str), group (a key of GROUPS, or "other"), calls (int64), self_s (float64: seconds in the operator
-    itself, without those it called), share (of all self_s). On a machine with a GPU these are the GPU's seconds when
-    ``call`` launched any kernel, the CPU's otherwise. Raises what ``call`` raises.
+    Columns: op (str), group (a key of GROUPS, or "other"), calls (int64), self_s and total_s (float64: seconds in the
+    operator itself, without and with those it called), share (of all self_s). On a machine with a GPU these are the
+    GPU's seconds when ``call`` launched any kernel, the CPU's otherwise. Raises what ``call`` raises.
     """
-    events = [event for event in profiled(call, torch.cuda.is_available()) if event.key.startswith("aten::")]
-    device = [float(getattr(event, "self_device_time_total", 0.0)) for event in events]
-    times = device if sum(device) > 0 else [float(event.self_cpu_time_total) for event in events]
-    rows = [
-        (event.key.removeprefix("aten::"), group_of(event.key), int(event.count), time_us / 1e6)
-        for event, time_us in zip(events, times, strict=True)
-    ]
-    table = pd.DataFrame(rows, columns=["op", "group", "calls", "self_s"])
+    quiet()
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.name.startswith("aten::")]
+    clock = "device" if any(event.self_device_time_total for event in events) else "cpu"
+    rows = [(event.name.removeprefix("aten::"), 1, _self_s(event, clock), _total_s(event, clock)) for event in events]
+    table = pd.DataFrame(rows, columns=["op", "calls", "self_s", "total_s"]).groupby("op", as_index=False).sum()
+    table.insert(1, "group", table["op"].map(group_of))
     table["share"] = table["self_s"] / table["self_s"].sum()
     return table.sort_values("self_s", ascending=False, ignore_index=True)
 
 
-def profiled(call: Callable[[], object], warm: bool) -> Iterable[Any]:
-    """The profiler's averages by name of one run of ``call``; with ``warm`` it is run before, under the profiler too.
-
-    A session of the profiler loses the first kernels of a GPU: https://github.com/pytorch/pytorch/issues/192021.
-    """
-    quiet()
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    plan = torch.profiler.schedule(wait=0, warmup=1, active=1) if warm else None
-    with torch.profiler.profile(activities=kinds, acc_events=True, schedule=plan) as profile:
-        if warm:
-            call()
-            _until_done()
-            profile.step()
-        call()
-        _until_done()
-    return profile.key_averages()
+def _self_s(event: Any, clock: str) -> float:
+    return float(getattr(event, f"self_{clock}_time_total")) / 1e6
 
 
-def _until_done() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _total_s(event: Any, clock: str) -> float:
+    """Not the profiler's own total, in which a kernel is there twice when its launch made the driver load something."""
+    inner = [child for child in event.cpu_children if child.name.startswith("aten::")]
+    return _self_s(event, clock) + sum(_total_s(child, clock) for child in inner)
 
 
 def by_group(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:

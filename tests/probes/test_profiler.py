@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
 
-from labkit.probes.profiler import by_group, group_of, operators, profiled
+from labkit.probes import profiler
+from labkit.probes.profiler import by_group, group_of, operators
 
 
 def test_a_call_is_taken_apart_into_its_operators():
@@ -29,15 +32,31 @@ def test_a_call_is_taken_apart_into_its_operators():
     assert set(groups["group"]) >= {"attention products", "softmax", "linear layers"}
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_a_run_before_that_warms_the_profiler_up_is_not_counted(warm):
-    runs = []
+def test_what_an_operator_called_counts_as_its_own_in_total():
+    table = operators(lambda: torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))).set_index("op")
+    assert table["total_s"]["linear"] > table["self_s"]["linear"] > 0
+    assert table["total_s"]["linear"] >= table["self_s"]["mm"] > 0
+    assert (table["total_s"] >= table["self_s"]).all() and table["total_s"].max() <= table["self_s"].sum()
 
-    def call():
-        runs.append(torch.mm(torch.ones(64, 64), torch.ones(64, 64)))
 
-    events = {event.key: event.count for event in profiled(call, warm)}
-    assert events["aten::mm"] == 1 and len(runs) == 1 + warm
+def test_a_kernel_whose_launch_loads_something_counts_once():
+    def event(name, own, *inner):
+        return SimpleNamespace(name=name, self_device_time_total=own, cpu_children=list(inner))
+
+    gather = event("aten::gather", 3.0, event("aten::as_strided", 0.0), event("cudaLaunchKernel", 3.0))
+    tree = event("aten::embedding", 0.0, event("aten::index_select", 0.0, gather))
+    assert profiler._total_s(tree, "device") == pytest.approx(3e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_first_and_the_last_kernel_of_a_call_are_their_operators():
+    weight, ids = torch.randn(1000, 64, device="cuda"), torch.arange(256, device="cuda")
+    for _ in range(3):
+        table = operators(lambda: torch.softmax(torch.nn.functional.embedding(ids, weight) @ weight.T, -1))
+        total = table.set_index("op")["total_s"]
+        assert total["embedding"] > 0 and total["matmul"] > 0 and total["softmax"] > 0
+        assert total["embedding"] + total["matmul"] + total["softmax"] == pytest.approx(table["self_s"].sum())
 
 
 def test_kinds_too_small_to_see_count_as_other():
