@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from labkit.experiments.intervals import Estimate
+from labkit.experiments.intervals import Estimate, digits
 from labkit.files import write_atomic
 
 Outcome = Literal["confirmed", "partly", "refuted", "not testable here", "no verdict"]
@@ -77,7 +77,7 @@ class Evidence:
     def __str__(self) -> str:
         unit = self.unit if self.unit in ("", "×") else f" {self.unit}"
         level = f"{self.confidence * 100:.0f} %"
-        return f"{_number(self.value)}{unit} ({level} interval {_number(self.low)} to {_number(self.high)})"
+        return f"{digits(self.value)}{unit} ({level} interval {digits(self.low)} to {digits(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def judge_ratio(
         if size is None:
             return Verdict(claim_id, "confirmed", f"A gain of {found}; the article gives no size.", evidence)
         if measured.high >= size:
-            return Verdict(claim_id, "confirmed", f"A gain of {found}, against {_number(size)}× claimed.", evidence)
-        return Verdict(claim_id, "partly", f"A gain of {found}, short of the {_number(size)}× claimed.", evidence)
+            return Verdict(claim_id, "confirmed", f"A gain of {found}, against {size:g}× claimed.", evidence)
+        return Verdict(claim_id, "partly", f"A gain of {found}, short of the {size:g}× claimed.", evidence)
     if measured.high <= NO_GAIN:
-        against = f", against {_number(size)}× claimed" if size is not None else ""
+        against = f", against {size:g}× claimed" if size is not None else ""
         return Verdict(claim_id, "refuted", f"No gain: {found}{against}.", evidence)
     return Verdict(claim_id, "no verdict", f"The interval of {found} holds both a gain and none.", evidence)
 
@@ -190,7 +190,7 @@ def judge_limit(
     thin = invalid or _thin(measured)
     if thin:
         return Verdict(claim_id, "no verdict", thin, (shown,))
-    found = f"{shown}, against a limit of {_number(bound)} {shown.unit}"
+    found = f"{shown}, against a limit of {bound:g} {shown.unit}"
     if shown.low <= bound <= shown.high:
         return Verdict(claim_id, "no verdict", f"{found}: the interval holds the limit.", (shown,))
     holds = shown.high < bound if side == "below" else shown.low > bound
@@ -214,7 +214,7 @@ def judge_level(
     if thin:
         return Verdict(claim_id, "no verdict", thin, (shown,))
     meets = shown.low <= level * (1 + tolerance) and shown.high >= level * (1 - tolerance)
-    reason = f"{shown}, against {_number(level)} {shown.unit} claimed (± {tolerance:.0%} counts as met)."
+    reason = f"{shown}, against {level:g} {shown.unit} claimed (± {tolerance:.0%} counts as met)."
     return Verdict(claim_id, "confirmed" if meets else "refuted", reason, (shown,))
 
 
@@ -338,12 +338,6 @@ def _sentence(text: str) -> str:
 
 def _divide(top: float, bottom: float) -> float:
     return top / bottom if bottom else math.nan if not top else math.inf
-
-
-def _number(value: float) -> str:
-    return (
-        ("∞" if value > 0 else "-∞") if math.isinf(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    )
 
 
 def _in_unit_of(stated: Claim, shown: Evidence) -> Evidence:

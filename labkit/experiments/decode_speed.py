@@ -20,7 +20,7 @@ from labkit.deployment import Deployment
 from labkit.engine import build_core
 from labkit.experiments.claims import Evidence, Verdict, judge_ratio, not_testable
 from labkit.experiments.contests import gain
-from labkit.experiments.intervals import percentile
+from labkit.experiments.intervals import digits, percentile
 from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, in_four_bits, original, quantize_to
 from labkit.models.loading import open_checkpoint
 from labkit.models.quantized import QuantizedLinear
@@ -127,11 +127,11 @@ def judge_speed(table: pd.DataFrame, shape: str | None = None, batch: int = 1) -
     beside = f" Measured with {weights_of(shape)}."
     if first.n:
         evidence.append(Evidence.of(f"against the service {FIRST}, batch of {batch}", first))
-        beside += f" Against the service {FIRST} it is {first.value:.3g}× as fast, engine and dtype included."
+        beside += f" Against the service {FIRST} it is {digits(first.value)}× as fast, engine and dtype included."
     if not read_in_four_bits(table):
         lacks = (
             "There is no kernel for 4 bits on this device: the weights were multiplied out when they were loaded, and "
-            f"as many bytes were read for each token as before ({same.value:.3g}× as fast).{beside}"
+            f"as many bytes were read for each token as before ({digits(same.value)}× as fast).{beside}"
         )
         return replace(not_testable("C28", lacks, NEEDS_KERNEL), evidence=tuple(evidence))
     verdict = judge_ratio("C28", same, label=f"in the same engine, batch of {batch}")

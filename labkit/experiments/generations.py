@@ -71,7 +71,7 @@ def judge_generations(table: pd.DataFrame) -> Verdict:
     evidence = []
     for before, after in PAIRS:
         gains = {int(x): gain(table, before, after, int(x)) for x in sorted(table["x"].unique())}
-        facts[f"{after} beats {before} at {longest} tokens"] = is_faster(gains[longest])
+        facts[f"at {longest} tokens {after} beats {before}"] = is_faster(gains[longest])
         evidence += [Evidence.of(f"{after}, {x} tokens: times faster", each) for x, each in gains.items() if each.n]
     return judge_facts("C42", facts, evidence)
 

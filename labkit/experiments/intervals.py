@@ -30,15 +30,21 @@ class Estimate:
         if math.isnan(self.value):
             return "–"
         scale, unit = (100.0, " %") if self.unit == "share" else (1.0, f" {self.unit}" if self.unit else "")
-        shown = [_shown(number * scale) for number in (self.value, self.low, self.high)]
+        shown = [digits(number * scale) for number in (self.value, self.low, self.high)]
         attained = "" if abs(self.confidence - 0.95) < 0.005 else f" at {self.confidence:.0%}"
         return f"{shown[0]}{unit} [{shown[1]}, {shown[2]}]{attained}"
 
 
-def _shown(number: float) -> str:
-    if math.isinf(number):
-        return "∞" if number > 0 else "−∞"
-    return f"{number:.3g}" if abs(number) < 1000 else f"{number:.0f}"
+def digits(value: float) -> str:
+    """Three significant digits, no exponent, thousands apart from 10 000 on."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    places = max(0, 2 - math.floor(math.log10(abs(value))))
+    rounded = round(value, places)
+    text = f"{rounded:.{places}f}" if abs(rounded) < 10_000 else f"{rounded:,.0f}".replace(",", "\u202f")
+    return text.replace("-", "−")
 
 
 def percentile(values: Iterable[float], q: float, unit: str = "", confidence: float = 0.95) -> Estimate:

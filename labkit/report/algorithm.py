@@ -10,12 +10,12 @@ import pandas as pd
 
 from labkit.experiments.contests import gain, median_seconds, peak_bytes
 from labkit.experiments.decode_speed import FIRST, read_in_four_bits, tokens_per_second, weights_of
-from labkit.experiments.intervals import Estimate, percentile, share
+from labkit.experiments.intervals import Estimate, digits, percentile, share
 from labkit.experiments.operators import ARTICLE, PYTORCH, SDPA, growth
 from labkit.experiments.student import STUDENT, TEACHER
 from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, ROUNDED, loss_of_accuracy, pair
 from labkit.report.environment import machine_caption
-from labkit.report.tables import Table, digits, interval, quantity
+from labkit.report.tables import Table, interval, quantity
 
 SMALL_PRINT = "Small print: 95 % intervals, ? is an open end."
 
@@ -91,11 +91,17 @@ def lost_frame(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def speed_table(table: pd.DataFrame, new_tokens: int, shape: str | None = None) -> Table:
-    """One row a batch size: tokens written a second by each deployment, and GPTQ against both baselines; the last row
-    is the memory that the weights take. ``shape``: whose random weights they are, if they are."""
-    pairs = [(ORIGINAL, GPTQ), (ORIGINAL, GPTQ_HEAD), (FIRST, GPTQ)]
+    """One row a batch size: tokens written a second by each deployment; the last row is the memory that the weights
+    take. ``shape``: whose random weights they are, if they are."""
+    return _speeds(table, new_tokens, (), weights_of(shape))
+
+
+def gain_table(table: pd.DataFrame) -> Table:
+    """One row a batch size: how many times as fast GPTQ is as both baselines."""
     timed = set(table["way"])
-    return _speeds(table, new_tokens, [each for each in pairs if each[1] in timed], weights_of(shape))
+    pairs = [each for each in ((ORIGINAL, GPTQ), (ORIGINAL, GPTQ_HEAD), (FIRST, GPTQ)) if each[1] in timed]
+    rows = [(_batch(size), *_gains(table, pairs, size)) for size in sorted(table["x"].unique())]
+    return Table(("times as fast", *_against(pairs)), tuple(rows), SMALL_PRINT)
 
 
 def student_table(table: pd.DataFrame, new_tokens: int, shapes: Sequence[str] = ()) -> Table:
@@ -126,8 +132,7 @@ def algorithm_takeaway(
         f"{growth(attention, ARTICLE):.1f}.",
         f"**The embedding** took {quantity(percentile(shares, 50).value, 'share')} of a forward pass. A cache of its "
         f"rows makes the look-up {digits(slower)}× slower.",
-        f"**GPTQ** in 4 bits cost {100 * lost.value:.1f} points of accuracy (95 % interval {100 * lost.low:.1f} to "
-        f"{100 * lost.high:.1f}, {lost.n} problems) and wrote {_times(gain(speed, ORIGINAL, GPTQ, 1))} as fast in the "
+        f"**GPTQ** in 4 bits cost {_cost(lost)} and wrote {_times(gain(speed, ORIGINAL, GPTQ, 1))} as fast in the "
         f"same engine{missing}, {_times(gain(speed, FIRST, GPTQ, 1))} as fast as the service {FIRST}, one request at a "
         f"time ({weights_of(shape)}): a factor means nothing until it says against what.",
     ]
@@ -144,6 +149,13 @@ def algorithm_takeaway(
     return "\n\n".join(lines)
 
 
+def _cost(lost: Estimate) -> str:
+    ends = f"95 % interval {digits(100 * lost.low)} to {digits(100 * lost.high)}"
+    if lost.low <= 0:
+        return f"no accuracy that {lost.n} problems could show ({digits(100 * lost.value)} points, {ends})"
+    return f"{digits(100 * lost.value)} points of accuracy ({ends}, {lost.n} problems)"
+
+
 def _rounded(answers: pd.DataFrame) -> list[str]:
     asked = set(answers["deployment"])
     return [name for name in ROUNDED if name in asked]
@@ -154,12 +166,22 @@ def _speeds(table: pd.DataFrame, new_tokens: int, pairs: Sequence[tuple[str, str
     rows = []
     for batch in sorted(table["x"].unique()):
         cells = [interval(_rate(table, way, int(batch), new_tokens)) for way in ways]
-        cells += [interval(gain(table, before, after, int(batch))) for before, after in pairs]
-        rows.append((f"batch\u00a0of\u00a0{batch}", *cells))
+        rows.append((_batch(batch), *cells, *_gains(table, pairs, batch)))
     held = [quantity(float(table[table["way"] == way]["bytes"].iloc[0]), "bytes") for way in ways]
     rows.append(("weights", *held, *("–" for _ in pairs)))
-    against = [f"{after} against {before}" for before, after in pairs]
-    return Table(("", *ways, *against), tuple(rows), f"{machine_caption()}; {weights}. {SMALL_PRINT}")
+    return Table(("", *ways, *_against(pairs)), tuple(rows), f"{machine_caption()}; {weights}. {SMALL_PRINT}")
+
+
+def _batch(size: int) -> str:
+    return f"batch\u00a0of\u00a0{size}"
+
+
+def _against(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{after} against {before}" for before, after in pairs]
+
+
+def _gains(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], batch: int) -> list[str]:
+    return [interval(gain(table, before, after, int(batch))) for before, after in pairs]
 
 
 def _by_way(table: pd.DataFrame, x: str, cell: Any, caption: str) -> Table:

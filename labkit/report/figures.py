@@ -9,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from labkit.report.tables import digits, quantity
+from labkit.experiments.intervals import digits
+from labkit.report.tables import quantity
 
 # Okabe and Ito's palette without its yellow: told apart by every kind of colour vision, on white and on dark.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#1a1a1a", "#8c564b")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from labkit.experiments.contests import gain, is_faster, median_seconds, peak_bytes
+from labkit.experiments.intervals import digits
 from labkit.experiments.operators import speeds
 from labkit.experiments.training_options import (
     CHOSEN,
@@ -18,7 +19,7 @@ from labkit.experiments.training_options import (
     paying,
     rate_names,
 )
-from labkit.report.tables import Table, digits, interval, quantity
+from labkit.report.tables import Table, interval, quantity
 
 
 def times_frame(table: pd.DataFrame) -> pd.DataFrame:

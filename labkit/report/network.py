@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from labkit.experiments.intervals import Estimate
+from labkit.experiments.intervals import Estimate, digits
 from labkit.experiments.network.rules import (
     GRPC,
     GRPC_APART,
@@ -25,7 +25,7 @@ from labkit.experiments.network.sweeps import AS_IT_COMES, AT_HAND, DIRECT, EDGE
 from labkit.report import figures
 from labkit.report.display import Shown
 from labkit.report.environment import machine_caption
-from labkit.report.tables import Table, digits, interval, quantity
+from labkit.report.tables import Table, interval, quantity
 
 NOTHING = Shown(
     "<p><em>Not measured: no network namespaces here.</em></p>", "Not measured: no network namespaces here."

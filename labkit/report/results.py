@@ -25,7 +25,7 @@ from labkit.experiments.claims import (
     read_verdicts,
 )
 from labkit.experiments.compare import Comparison, compare
-from labkit.experiments.intervals import Estimate
+from labkit.experiments.intervals import Estimate, digits
 from labkit.experiments.ladder import Rung, runs_by_rung
 from labkit.experiments.metrics import SLO, Window
 from labkit.experiments.rules import LIMIT_S, inside, invalid, mean_sample, probe_text, slow_as_failed
@@ -33,7 +33,7 @@ from labkit.experiments.store import Run
 from labkit.probes.profiler import by_group
 from labkit.report.environment import machine_line
 from labkit.report.shelf import Shelf
-from labkit.report.tables import Change, Table, digits, interval, quantity
+from labkit.report.tables import Change, Table, interval, quantity
 
 NONE = Estimate(math.nan, math.nan, math.nan, 0, "share")
 

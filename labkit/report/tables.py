@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from labkit.experiments.claims import claim, ratio_of
-from labkit.experiments.intervals import Estimate
+from labkit.experiments.intervals import Estimate, digits
 
 if TYPE_CHECKING:
     from labkit.experiments.split import Split
@@ -128,18 +128,6 @@ def parts(value: float, low: float, high: float, unit: str) -> tuple[str, str]:
     if math.isinf(high) and unit == "×":
         ends[1] = "∞"
     return _joined(digits(value * factor), shown), f"{ends[0]} to {ends[1]}"
-
-
-def digits(value: float) -> str:
-    """Three significant digits, no exponent, thousands apart from 10 000 on."""
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    if value == 0:
-        return "0"
-    places = max(0, 2 - math.floor(math.log10(abs(value))))
-    rounded = round(value, places)
-    text = f"{rounded:.{places}f}" if abs(rounded) < 10_000 else f"{rounded:,.0f}".replace(",", "\u202f")
-    return text.replace("-", "−")
 
 
 def _scale(value: float, unit: str) -> tuple[float, str]:

@@ -94,7 +94,7 @@ def test_numbers_without_a_ratio_have_no_interval():
 def test_one_run_a_side_takes_the_intervals_within_the_runs():
     found = ratio_of_estimates(Estimate(2.0, 1.0, 4.0, 10), Estimate(6.0, 5.0, 8.0, 12))
     assert (found.value, found.low, found.high, found.n) == (3.0, 1.25, 8.0, 22)
-    assert found.confidence == pytest.approx(0.9) and str(found) == "3 x [1.25, 8] at 90%"
+    assert found.confidence == pytest.approx(0.9) and str(found) == "3.00 x [1.25, 8.00] at 90%"
     assert ratio_of_estimates(Estimate(2.0, -math.inf, math.inf, 3), Estimate(6.0, 5.0, math.inf, 3)).low == 0.0
     assert math.isnan(ratio_of_estimates(Estimate(0.0, 0.0, 1.0, 3), Estimate(6.0, 5.0, 8.0, 3)).value)
     compared = compare([run("ab")], [run("ab", 2.0)], p50)

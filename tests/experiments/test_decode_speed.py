@@ -11,6 +11,7 @@ import pytest
 from labkit.errors import UserError
 from labkit.experiments import decode_speed
 from labkit.experiments.decode_speed import FIRST
+from labkit.experiments.intervals import digits
 from labkit.experiments.weights import GPTQ, GPTQ_HEAD, ORIGINAL, RTN
 
 CONFIG = {
@@ -65,7 +66,7 @@ def made_up(gptq_s: float, first_s: float = 8.0) -> pd.DataFrame:
 @pytest.mark.parametrize(("gptq_s", "outcome"), [(0.25, "confirmed"), (0.5, "partly"), (1.0, "refuted")])
 def test_the_same_engine_decides_and_the_first_deployment_is_named(gptq_s: float, outcome: str) -> None:
     verdict = decode_speed.judge_speed(made_up(gptq_s))
-    assert verdict.outcome == outcome and f"{8 / gptq_s:g}× as fast" in verdict.reason
+    assert verdict.outcome == outcome and f"it is {digits(8 / gptq_s)}× as fast" in verdict.reason
     assert [item.value for item in verdict.evidence] == [1 / gptq_s, 1.0, 8 / gptq_s]
 
 

@@ -31,6 +31,7 @@ ANSWERS = pd.DataFrame(
     [(name, "short", i, i >= wrong) for name, wrong in ((ORIGINAL, 0), (RTN, 20), (GPTQ, 3), (STUDENT, 10))
      for i in range(100)], columns=["deployment", "bucket", "index", "right"],
 )  # fmt: skip
+WORSE = ANSWERS["right"] & ~((ANSWERS["deployment"] == GPTQ) & (ANSWERS["index"] < 20))
 SPEED = contest({(FIRST, 1): (8.0, 400), (ORIGINAL, 1): (2.0, 400), (GPTQ, 1): (1.0, 100), (ORIGINAL, 4): (4.0, 400),
                  (GPTQ, 4): (4.0, 100)})  # fmt: skip
 
@@ -66,14 +67,16 @@ def test_accuracy_is_compared_problem_by_problem() -> None:
 
 def test_speed_is_shown_against_both_baselines() -> None:
     table = algorithm.speed_table(SPEED, 10, "a shape")
-    one = dict(zip(table.columns, table.rows[0], strict=True))
+    gains = algorithm.gain_table(SPEED)
+    one = dict(zip(table.columns + gains.columns, table.rows[0] + gains.rows[0], strict=True))
     assert one[f"{GPTQ} against {ORIGINAL}"].startswith("2.00×") and one[f"{GPTQ} against {FIRST}"].startswith("8.00×")
     assert one[GPTQ].startswith("10.0\u00a0tokens/s")
-    four = dict(zip(table.columns, table.rows[1], strict=True))
+    four = dict(zip(table.columns + gains.columns, table.rows[1] + gains.rows[1], strict=True))
     assert four[FIRST] == four[f"{GPTQ} against {FIRST}"] == "–"
-    assert GPTQ_HEAD not in table.columns
     head = SPEED[SPEED["way"] == GPTQ].assign(way=GPTQ_HEAD)
-    assert f"{GPTQ_HEAD} against {ORIGINAL}" in algorithm.speed_table(pd.concat([SPEED, head]), 10).columns
+    both = pd.concat([SPEED, head])
+    assert GPTQ_HEAD in algorithm.speed_table(both, 10).columns and GPTQ_HEAD not in table.columns
+    assert f"{GPTQ_HEAD} against {ORIGINAL}" in algorithm.gain_table(both).columns
     rivals = algorithm.student_table(contest({(TEACHER, 1): (4.0, 8), (STUDENT, 1): (1.0, 2)}), 10)
     assert rivals.columns[-1] == "student against teacher" and rivals.rows[0][-1].startswith("4.00×")
     large = algorithm.student_table(contest({(TEACHER, 1): (4.0, 8), (STUDENT, 1): (2.0, 2)}), 10, ("large", "small"))
@@ -84,7 +87,10 @@ def test_speed_is_shown_against_both_baselines() -> None:
 def test_the_takeaway_is_computed() -> None:
     text = algorithm.algorithm_takeaway(ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED)
     assert "at 2048 tokens" in text and "5.00× as fast as the article's code" in text and "50.0× slower" in text
-    assert "cost 3.0 points" in text and "2.00× as fast in the same engine, 8.00× as fast" in text
+    assert "cost no accuracy that 100 problems could show (3.00 points, 95 % interval −0.859 to 6.74)" in text
+    assert "2.00× as fast in the same engine, 8.00× as fast" in text
+    worse = algorithm.algorithm_takeaway(ATTENTION, CACHE, [0.01] * 3, ANSWERS.assign(right=WORSE), SPEED)
+    assert "cost 20.0 points of accuracy (95 % interval 1" in worse and "100 problems)" in worse
     assert "student" not in text and "no kernel" not in text
     multiplied_out = algorithm.algorithm_takeaway(ATTENTION, CACHE, [0.01] * 3, ANSWERS, SPEED.assign(bytes=400))
     assert "in the same engine (no kernel reads 4 bits on this device)" in multiplied_out

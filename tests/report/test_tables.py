@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from labkit.experiments.intervals import Estimate
+from labkit.experiments.intervals import Estimate, digits
 from labkit.experiments.split import Split
-from labkit.report.tables import Change, Table, change_table, digits, interval, quantity, split_table
+from labkit.report.tables import Change, Table, change_table, interval, quantity, split_table
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_ratio_of_bytes_is_held_against_the_articles(back, outcome):
 
 def test_where_retransmission_begins_depends_on_the_link_or_not():
     everywhere = rules.judge_retransmission(streams())
-    assert everywhere.outcome == "confirmed" and "15 %" in str(everywhere.evidence[0])
+    assert everywhere.outcome == "confirmed" and "15.0 %" in str(everywhere.evidence[0])
     small_only = streams(lambda v: 0.15 if v["streams"] > 100 and v["buffer_kb"] == 16 else 0.0)
     verdict = rules.judge_retransmission(small_only)
     assert verdict.outcome == "partly" and "on every link: no" in verdict.reason
