@@ -120,4 +120,4 @@ def test_nothing_to_go_by_is_said():
     for nothing in (percentile([], 95), share(0, 0), bootstrap([])):
         assert math.isnan(nothing.value) and nothing.n == 0 and str(nothing) == "–"
     assert str(Estimate(0.5, 0.4, math.inf, 10, "s")) == "0.500 s [0.400, ∞]"
-    assert str(share(1, 2)).startswith("50 % [")
+    assert str(share(1, 2)).startswith("50.0 % [")
