@@ -24,6 +24,11 @@ class Paired:
     low: float
     high: float
 
+    @property
+    def asked(self) -> int:
+        """How many problems there were."""
+        return self.both + self.model_only + self.reference_only + self.neither
+
 
 def compare(model: Sequence[bool], reference: Sequence[bool], confidence: float = 0.95) -> Paired:
     """Compares verdicts on the same problems in the same order. Raises ValueError if they are none or not as many."""

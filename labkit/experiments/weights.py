@@ -115,8 +115,7 @@ def pair(answers: pd.DataFrame, after: str, before: str = ORIGINAL, bucket: str 
 
 def loss_of_accuracy(paired: Paired) -> Estimate:
     """The share of problems lost, that is percentage points, with its interval; below 0 where accuracy was gained."""
-    asked = paired.both + paired.model_only + paired.reference_only + paired.neither
-    return Estimate(0.0 - paired.difference, 0.0 - paired.high, 0.0 - paired.low, asked, "share")
+    return Estimate(0.0 - paired.difference, 0.0 - paired.high, 0.0 - paired.low, paired.asked, "share")
 
 
 def judge_accuracy(answers: pd.DataFrame) -> Verdict:

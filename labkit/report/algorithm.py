@@ -138,9 +138,10 @@ def algorithm_takeaway(
     ]
     if kept is not None and student_speed is not None:
         largest = int(student_speed["x"].max())
+        faster = _times(gain(student_speed, TEACHER, STUDENT, largest))
         said = (
-            f"**The student** keeps {quantity(kept.value, 'share')} of its teacher's right answers, at "
-            f"{_times(gain(student_speed, TEACHER, STUDENT, largest))} its speed at a batch of {largest}."
+            f"**The student** keeps {quantity(kept.value, 'share')} of its teacher's right answers (95 % interval "
+            f"{digits(100 * kept.low)} to {digits(100 * kept.high)}), at {faster} its speed at a batch of {largest}."
         )
         if large_speed is not None:
             large = _times(gain(large_speed, TEACHER, STUDENT, largest))

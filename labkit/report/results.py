@@ -142,9 +142,10 @@ def pressure(run: Run) -> tuple[pd.DataFrame, list[tuple[str, str, str]]]:
 
 def operators_table(operators: pd.DataFrame, most: int = 10) -> Table:
     """The dearest operators of ``profiler.operators``."""
+    dearest = operators[["op", "group", "calls", "self_s", "share"]].head(most)
     rows = [
         (str(op), str(group), str(calls), quantity(float(self_s), "s"), quantity(float(share), "share"))
-        for op, group, calls, self_s, share in operators.head(most).to_numpy()
+        for op, group, calls, self_s, share in dearest.to_numpy()
     ]
     return Table(("operator", "kind", "calls", "own time", "share"), tuple(rows))
 

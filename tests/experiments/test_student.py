@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -40,10 +41,26 @@ def speeds(times: dict[int, float]) -> pd.DataFrame:
 def test_what_is_kept_is_a_ratio_of_right_answers_with_a_paired_interval() -> None:
     half = kept_of("11110000" * 50, "11000000" * 50)
     assert half.value == 0.5 and half.n == 400 and 0.4 < half.low < 0.5 < half.high < 0.6
-    # where both are right on the same problems nothing is left to chance, however few the teacher has right
-    alike = kept_of("10" * 50, "10" * 50)
-    assert (alike.low, alike.value, alike.high) == (1, 1, 1)
+    few, many = kept_of("10" * 6, "10" * 6), kept_of("10" * 500, "10" * 500)
+    assert few.value == many.value == 1 and few.low < 0.9 < 0.99 < many.low < 1 < many.high < 1.01
     assert math.isnan(kept_of("0000", "1100").value)
+
+
+def test_the_interval_of_a_ratio_agrees_with_a_bootstrap_where_pairs_are_many() -> None:
+    found = student.ratio_of_pairs(2933, 7, 43)
+    chance = np.random.default_rng(0)
+    cells = chance.multinomial(3000, np.array([2933, 7, 43, 17]) / 3000, size=20_000)
+    low, high = np.quantile((cells[:, 0] + cells[:, 1]) / (cells[:, 0] + cells[:, 2]), [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=3e-4) and found.high == pytest.approx(high, abs=3e-4)
+
+
+@pytest.mark.parametrize("cells", [(0.85, 0.03, 0.08, 0.04), (0.5, 0.1, 0.2, 0.2), (0.97, 0.01, 0.01, 0.01)])
+@pytest.mark.parametrize("n", [12, 40])
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says(cells: tuple[float, ...], n: int) -> None:
+    truth = (cells[0] + cells[1]) / (cells[0] + cells[2])
+    drawn = np.random.default_rng(1).multinomial(n, cells, size=2000)
+    found = [student.ratio_of_pairs(*(int(cell) for cell in row[:3])) for row in drawn if row[0] + row[2]]
+    assert sum(each.low <= truth <= each.high for each in found) / len(found) > 0.94
 
 
 @pytest.mark.parametrize(

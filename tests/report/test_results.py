@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from labkit.errors import UserError
 from labkit.experiments.claims import Verdict, record
 from labkit.experiments.compare import compare
 from labkit.experiments.ladder import choose, ladder
 from labkit.experiments.store import Run, RunStore
+from labkit.probes.profiler import GROUPS, operators
 from labkit.report import first_result, results
 from labkit.traffic.events import events_table
 
@@ -27,6 +29,13 @@ def request(index, sent, end, text="42", failure=""):
         "failure": failure, "message": "", "finish_reason": "stop", "prompt_tokens": 100, "completion_tokens": 10,
         "reasoning": "", "text": text, "correct": text == "42",
     }  # fmt: skip
+
+
+def test_the_dearest_operators_of_a_call_are_shown():
+    found = operators(lambda: torch.softmax(torch.ones(256, 256) @ torch.ones(256, 256), -1))
+    table = results.operators_table(found, most=2)
+    assert len(table.rows) == 2 and {row[1] for row in table.rows} <= {*GROUPS, "other"}
+    assert table.rows[0] == ("mm", "linear layers", "1", *table.rows[0][3:]) and table.rows[0][4].endswith("\u00a0%")
 
 
 def made_run(service_s, rung="as first deployed", users=4, repeat=0, gpus=(), texts=None, failure="", count=40):
