@@ -139,26 +139,6 @@ def judge_ratio(
     return Verdict(claim_id, "no verdict", f"The interval of {found} holds both a gain and none.", evidence)
 
 
-def judge_change(claim_id: str, before: Estimate, after: Estimate, invalid: str | None = None) -> Verdict:
-    """The measured change from ``before`` to ``after`` against the article's, by the rule of ``judge_ratio``.
-
-    The ratio's interval is the widest that the two intervals permit, so it errs towards no verdict. Raises ValueError
-    for a claim that states no before and after.
-    """
-    stated = claim(claim_id)
-    if stated.gain is None or stated.before is None:
-        raise ValueError(f"{claim_id} states no before and after")
-    better, worse = (before, after) if stated.better == "lower" else (after, before)
-    gain = ratio_of(better, worse)
-    verdict = judge_ratio(claim_id, gain, stated.gain, invalid, label="gain")
-    return Verdict(
-        claim_id,
-        verdict.outcome,
-        verdict.reason,
-        (Evidence.of("before", before), Evidence.of("after", after), *verdict.evidence),
-    )
-
-
 def ratio_of(numerator: Estimate, denominator: Estimate) -> Estimate:
     """numerator / denominator with the widest interval that their intervals permit (both at least 0)."""
     # A side that too few requests leave open comes as -inf; what is measured here is never negative.

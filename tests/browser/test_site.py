@@ -43,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     figure = figures.latency_by_users(latency, limit_s=0.8, title="Latency grows with the users").to_plotly_json()
     before, after = Estimate(3.4, 3.0, 4.0, 96, "s"), Estimate(0.8, 0.7, 0.95, 96, "s")
-    verdict = claims.judge_change("C34", before, after)
+    verdict = claims.judge_ratio("C34", claims.ratio_of(before, after))
     table = change_table([Change("P95 latency", before, after, "C34")], "2 cores")
     wide = pd.DataFrame([range(60)] * 2)
     cells = [
