@@ -145,9 +145,9 @@ def judge_softmax(table: pd.DataFrame, shares_of_pass: Sequence[float]) -> Verdi
     of_pass = percentile(shares_of_pass, 50, "share")
     longest = int(table["x"].max())
     saved = gain(table, "all scores", "those in sight", longest)
-    needed = (longest + 1) / (2 * longest)
+    masked = (longest - 1) / (2 * longest)
     facts: dict[str, bool | None] = {
-        f"of {longest} tokens' scores {1 - needed:.0%} are masked, and take part all the same": needed < 0.75,
+        f"of {longest} tokens' scores {100 * masked:.0f} % are masked, and take part all the same": masked > 0.25,
         "leaving them out is faster": is_faster(saved),
     }
     evidence = (Evidence.of("softmax, times faster", saved), Evidence.of("share of a forward pass", of_pass))

@@ -164,10 +164,17 @@ def choices(table: pd.DataFrame) -> list[Choice]:
     return [replace(one, beaten_by=max(better[one.way])[1]) if one.way in better else one for one in found]
 
 
-def paying(found: Sequence[Choice]) -> list[Choice]:
-    """Those that recompute and fit where nothing does that keeps all activations."""
-    least = min((one.bytes for one in found if one.policy == KEEPS), default=0)
-    return [one for one in found if one.policy != KEEPS and one.bytes < least and not one.beaten_by]
+def paying(found: Sequence[Choice]) -> list[tuple[Choice, Choice | None]]:
+    """Those that recompute and are surely faster than whatever keeps all activations in no more memory than theirs,
+    each with the fastest that does; with None where nothing does."""
+    pairs = []
+    for one in found:
+        if one.policy == KEEPS or one.beaten_by:
+            continue
+        keeping = [other for other in found if other.policy == KEEPS and other.bytes <= one.bytes]
+        if all(one.seconds.high < other.seconds.low for other in keeping):
+            pairs.append((one, min(keeping, key=_time, default=None)))
+    return pairs
 
 
 def largest_micro(found: Sequence[Choice], policy: str, room: int) -> float:

@@ -17,6 +17,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#1
 GREY = "#7a828c"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 LEGEND = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right", "traceorder": "normal"}
+MOST_TICKS = 9
+"""So many measured places are labelled each by itself; more would run into each other."""
 STATIC = {"showarrow": False, "xanchor": "left"}
 
 
@@ -70,7 +72,8 @@ def lines(
     _label_ends(figure, labels, math.log10(least) if log_y else 0.0, math.log10(most) if log_y else most)
     figure.update_xaxes(title=x_title, type="log" if log_x else "linear")
     if log_x:
-        figure.update_xaxes(tickvals=sorted(table[x].unique()), tickformat="~g")
+        measured = sorted(table[x].unique())
+        figure.update_xaxes(tickvals=measured if len(measured) < MOST_TICKS else _ticks(), tickformat="~g")
     figure.update_yaxes(title=y_title, type="log" if log_y else "linear")
     if log_y:
         figure.update_yaxes(tickvals=_ticks(), tickformat="~g")

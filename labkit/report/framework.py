@@ -74,7 +74,7 @@ def _bargain(one: Choice, found: Sequence[Choice]) -> str:
     if not keeping:
         return "–"
     freed, added = 1 - one.bytes / keeping[0].bytes, one.seconds.value / keeping[0].seconds.value - 1
-    return f"{freed:.0%}, for {added:+.0%}"
+    return f"{100 * freed:.0f}\u00a0%, for {100 * added:+.0f}\u00a0%".replace("-", "−")
 
 
 def configuration_table(table: pd.DataFrame, caption: str) -> Table:
@@ -106,20 +106,34 @@ def when_it_pays(found: Sequence[Choice]) -> str:
     """In words: where recomputing activations pays, among what was measured."""
     keeping = min((one for one in found if one.policy == KEEPS), key=lambda one: one.bytes)
     good = paying(found)
+    alone = [one for one, rival in good if rival is None]
+    chosen = [(rival.seconds.value / one.seconds.value, one, rival) for one, rival in good if rival is not None]
     if not good:
         return (
             "Of what was measured, recomputing pays nowhere: keeping all activations of smaller parts of the batch "
             f"needs as little memory ({quantity(keeping.bytes, 'bytes')}) and is as fast."
         )
-    least = min(good, key=lambda one: one.bytes)
-    slower = least.seconds.value / keeping.seconds.value - 1
-    documents = f"{keeping.micro} document{'s' if keeping.micro > 1 else ''}"
-    return (
-        f"Recomputing pays only where not even {documents} at a time fit with all activations kept "
-        f"({quantity(keeping.bytes, 'bytes')}): then *{least.way}* needs {quantity(least.bytes, 'bytes')}, and a step "
-        f"takes {slower:.0%} more time. Where memory is short but not that short, smaller parts of the batch are the "
-        "cheaper way out."
-    )
+    said = []
+    if alone:
+        best = min(alone, key=lambda one: one.seconds.value)
+        documents = f"{keeping.micro} document{'s' if keeping.micro > 1 else ''}"
+        said.append(
+            f"Where not even {documents} at a time fit with all activations kept ({_cost(keeping)} a step), "
+            f"recomputing is the way: *{best.way}* takes {_cost(best)}."
+        )
+    if chosen:
+        _, one, rival = max(chosen, key=lambda each: each[0])
+        said.append(
+            "It also pays where smaller parts of the batch fit, but do not fill the device: "
+            f"*{one.way}* takes {_cost(one)}, *{rival.way}* {_cost(rival)}."
+        )
+    else:
+        said.append("Where memory is less short, smaller parts of the batch with all activations kept do as well.")
+    return " ".join(said)
+
+
+def _cost(one: Choice) -> str:
+    return f"{quantity(one.seconds.value, 's')} and {quantity(one.bytes, 'bytes')}"
 
 
 def framework_takeaway(
@@ -130,9 +144,9 @@ def framework_takeaway(
     saved = gain(softmax, "all scores", "those in sight", longest)
     fused = gain(norms, "written out", "PyTorch", most)
     article, ours = rate_names()
-    helps = "does save time" if is_faster(saved) else "alone does not surely save time"
+    helps = "saves" if is_faster(saved) else "alone costs" if saved.high < 1 else "alone does not surely save"
     return (
-        f"- **Softmax.** Half of the scores of a prompt are masked. Leaving them out {helps} here "
+        f"- **Softmax.** Half of the scores of a prompt are masked. Leaving them out {helps} time here "
         f"({digits(saved.value)}× as fast at {longest} tokens); a fused attention kernel does "
         "that and more, and notebook 04 has it.\n"
         f"- **LayerNorm.** In one operator it is {digits(fused.value)}× as fast as written out. Use the fused one.\n"

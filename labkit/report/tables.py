@@ -107,7 +107,8 @@ def split_table(split: Split, machine: str) -> Table:
 
 
 def quantity(value: float | None, unit: str | None = "") -> str:
-    """Three significant digits and the unit: 0.742 s is 742 ms, a share is per cent, bytes are MiB or GiB."""
+    """Three significant digits and the unit: 0.742 s is 742 ms, less than 1 ms are µs, a share is per cent, bytes are
+    MiB or GiB."""
     if value is None or math.isnan(value):
         return "–"
     factor, shown = _scale(value, unit or "")
@@ -131,6 +132,8 @@ def parts(value: float, low: float, high: float, unit: str) -> tuple[str, str]:
 
 
 def _scale(value: float, unit: str) -> tuple[float, str]:
+    if unit == "s" and 0 < abs(value) < 1e-3:
+        return 1e6, "µs"
     if unit == "s" and abs(value) < 1:
         return 1e3, "ms"
     if unit == "share":

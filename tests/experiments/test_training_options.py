@@ -46,11 +46,27 @@ def test_a_policy_is_wrong_where_another_is_faster_in_no_more_memory() -> None:
     assert found[f"{RECOMPUTES}, 2 at a time"].beaten_by == f"{KEEPS}, 1 at a time"
     assert not found[f"{RECOMPUTES}, 1 at a time"].beaten_by, "nothing else is so small"
     assert not found[f"{KEEPS}, 1 at a time"].beaten_by and not found[f"{KEEPS}, 2 at a time"].beaten_by
-    assert [one.way for one in training.paying(list(found.values()))] == [f"{RECOMPUTES}, 1 at a time"]
-    words = framework.when_it_pays(list(found.values()))
-    assert "not even 1 document at a time" in words and "40% more time" in words
+
+
+def test_recomputing_pays_where_nothing_else_fits() -> None:
+    found = training.choices(made_up(MEASURED))
+    assert [(one.way, rival) for one, rival in training.paying(found)] == [(f"{RECOMPUTES}, 1 at a time", None)]
+    words = framework.when_it_pays(found)
+    assert "not even 1 document at a time" in words and f"*{RECOMPUTES}, 1 at a time* takes 1.40\u00a0s" in words
+    assert "with all activations kept do as well" in words
     small = training.choices(made_up(MEASURED | {(KEEPS, 1): (1.0, 50)}))
     assert not training.paying(small) and "pays nowhere" in framework.when_it_pays(small)
+
+
+def test_recomputing_pays_where_smaller_parts_do_not_fill_the_device() -> None:
+    """The whole batch with activations recomputed, against half of it with all kept, which takes less and is slower."""
+    found = training.choices(made_up(MEASURED | {(KEEPS, 1): (1.9, 100), (RECOMPUTES, 2): (1.3, 110)}))
+    pairs = [(one.way, rival and rival.way) for one, rival in training.paying(found)]
+    assert pairs == [(f"{RECOMPUTES}, 1 at a time", None), (f"{RECOMPUTES}, 2 at a time", f"{KEEPS}, 1 at a time")]
+    words = framework.when_it_pays(found)
+    assert f"*{RECOMPUTES}, 2 at a time* takes 1.30\u00a0s" in words and f"*{KEEPS}, 1 at a time* 1.90\u00a0s" in words
+    unsure = training.choices(made_up(MEASURED | {(KEEPS, 1): ([1.2, 1.9, 1.9] * 3, 100)}))
+    assert len(training.paying(unsure)) == 1, "it may be as fast"
 
 
 def test_the_largest_part_follows_from_what_a_document_takes() -> None:

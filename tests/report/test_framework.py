@@ -60,7 +60,7 @@ def test_a_policy_is_shown_with_what_it_frees_and_what_that_costs() -> None:
         )
     ]
     rows = framework.policies_table(found, 1000, "here").rows
-    assert [row[3] for row in rows] == ["–", "–", "25%, for +30%", "40%, for +20%"]
+    assert [row[3] for row in rows] == ["–", "–", "25\u00a0%, for +30\u00a0%", "40\u00a0%, for +20\u00a0%"]
     assert [row[4] for row in rows] == ["nothing", "nothing", "nothing", f"{KEEPS} 1"]
     assert [row[5] for row in rows] == ["10", "10", "21", "21"]
     frame = framework.frontier_frame(found, 1000)
@@ -84,7 +84,7 @@ def test_losses_are_smoothed_each_by_itself() -> None:
     assert article["tokens"].tolist() == [*range(9)]
 
 
-@pytest.mark.parametrize("seconds, words", [(0.5, "does save time here (2.00×"), (1.1, "does not surely save time")])
+@pytest.mark.parametrize("seconds, words", [(0.5, "saves time here (2.00×"), (1.1, "alone costs time here (0.909×")])
 def test_the_takeaway_follows_the_numbers(seconds: float, words: str) -> None:
     softmax = contests({("all scores", 512): 1.0, ("those in sight", 512): seconds})
     choice = Choice("keeps all activations, 1 at a time", KEEPS, 1, percentile([1.0] * 9, 50, "s"), 9)

@@ -14,6 +14,8 @@ from labkit.report.tables import Change, Table, change_table, interval, quantity
     [
         (0.7421, "s", "742\u00a0ms"),
         (2.1734, "s", "2.17\u00a0s"),
+        (0.00007421, "s", "74.2\u00a0µs"),
+        (0, "s", "0\u00a0ms"),
         (0.0834, "share", "8.34\u00a0%"),
         (127.4, "req/s", "127\u00a0req/s"),
         (4.5906, "×", "4.59×"),
