@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from labkit.errors import UserError
 from labkit.link import Leg, Link
 from labkit.link.netem import queue_commands
+from labkit.probes.wire import WireCounters
 
 # Prints the numbers of the datagrams that came, once none has come for a while.
 LISTEN = """
@@ -138,7 +140,7 @@ def test_a_transfer_over_a_lossy_link_is_whole_and_counted(tmp_path, open_link, 
         digest = client.stdout.readline().strip()
         states = link.connections("client")
         client.communicate("\n", timeout=20)
-        grown = {host: link.counters(host) - before[host] for host in link.hosts}
+        grown = {host: now - before[host] for host, now in settled(link).items()}
         lost = link.relayed()[1].lost if link.mode == "relay" else None
     assert digest == hashlib.sha256(random.Random(7).randbytes(size)).hexdigest()
     client, origin = grown["client"], grown["origin"]
@@ -156,6 +158,17 @@ def test_a_transfer_over_a_lossy_link_is_whole_and_counted(tmp_path, open_link, 
     frames = list(packets(tmp_path / "client.pcap"))
     assert len(frames) == client.packets_sent + client.packets_received
     assert sum(map(len, frames)) == client.bytes_sent + client.bytes_received
+
+
+def settled(link: Link, quiet_s: float = 1.0, limit_s: float = 15.0) -> dict[str, WireCounters]:
+    """The counters of all hosts once nothing has come or gone for a while: what ends a connection takes a time to
+    cross, and longer where it is lost and sent again."""
+    began, found = time.monotonic(), None
+    while (now := {host: link.counters(host) for host in link.hosts}) != found:
+        assert time.monotonic() - began < limit_s, f"still on the way: {now}"
+        found = now
+        time.sleep(quiet_s)
+    return now
 
 
 def packets(path: Path):
