@@ -75,9 +75,8 @@ class Evidence:
         )
 
     def __str__(self) -> str:
-        unit = self.unit if self.unit in ("", "×") else f" {self.unit}"
         level = f"{self.confidence * 100:.0f} %"
-        return f"{digits(self.value)}{unit} ({level} interval {digits(self.low)} to {digits(self.high)})"
+        return f"{digits(self.value)}{_unit(self.unit)} ({level} interval {digits(self.low)} to {digits(self.high)})"
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def judge_limit(
     thin = invalid or _thin(measured)
     if thin:
         return Verdict(claim_id, "no verdict", thin, (shown,))
-    found = f"{shown}, against a limit of {bound:g} {shown.unit}"
+    found = f"{shown}, against a limit of {bound:g}{_unit(shown.unit)}"
     if shown.low <= bound <= shown.high:
         return Verdict(claim_id, "no verdict", f"{found}: the interval holds the limit.", (shown,))
     holds = shown.high < bound if side == "below" else shown.low > bound
@@ -194,7 +193,7 @@ def judge_level(
     if thin:
         return Verdict(claim_id, "no verdict", thin, (shown,))
     meets = shown.low <= level * (1 + tolerance) and shown.high >= level * (1 - tolerance)
-    reason = f"{shown}, against {level:g} {shown.unit} claimed (± {tolerance:.0%} counts as met)."
+    reason = f"{shown}, against {level:g}{_unit(shown.unit)} claimed (± {100 * tolerance:g} % counts as met)."
     return Verdict(claim_id, "confirmed" if meets else "refuted", reason, (shown,))
 
 
@@ -310,6 +309,10 @@ def _improvement_agrees(row: Claim) -> bool:
     before, after, stated = cast(float, row.before), cast(float, row.after), cast(float, row.stated)
     # The article rounds 359 % to 360 %.
     return abs(abs(after - before) / before * 100 - stated) <= max(0.1, 0.005 * stated)
+
+
+def _unit(unit: str) -> str:
+    return unit if unit in ("", "×") else f" {unit}"
 
 
 def _sentence(text: str) -> str:

@@ -223,7 +223,7 @@ def judge_configuration(table: pd.DataFrame, losses: pd.DataFrame, tuned: pd.Dat
     saved = _bytes(table, WHOLE) / _bytes(table, CHOSEN) if whole.n else math.nan
     nothing = loss_difference(losses)
     facts: dict[str, bool | None] = {
-        f"fused, AdamW trains faster than {each}": is_faster(found)
+        f"fused AdamW trains faster than {each}": is_faster(found)
         for each, found in (("tensor by tensor", fused["loop"]), ("in PyTorch's foreach form", fused["foreach"]))
     }
     facts |= {
