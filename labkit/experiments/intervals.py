@@ -36,7 +36,9 @@ class Estimate:
 
 
 def digits(value: float) -> str:
-    """Three significant digits, no exponent, thousands apart from 10 000 on."""
+    """Three significant digits, no exponent, thousands apart from 10 000 on; "–" for NaN."""
+    if math.isnan(value):
+        return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if value == 0:

@@ -39,6 +39,7 @@ def test_quantities(value: float | None, unit: str, shown: str) -> None:
         (123456, "123\u202f456"),
         (-2.5, "−2.50"),
         (math.inf, "∞"),
+        (math.nan, "–"),
     ],
 )
 def test_three_digits(value: float, shown: str) -> None:
