@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from labkit.kernels import linear as ops
 from labkit.kernels.activation import silu_mul_reference
@@ -40,6 +43,18 @@ def test_the_kernel_is_a_linear_layer(rows: int, outputs: int, inputs: int, dtyp
     bias = random(outputs, seed=2, dtype=dtype)
     close(ops.linear_triton(x, weight), exact(x, weight))
     close(ops.linear_triton(x, weight, bias), exact(x, weight, bias))
+
+
+@pytest.mark.parametrize("form", [ops.linear, ops.linear_triton])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_product_is_written_where_it_is_asked_for(form: Callable[..., Tensor], with_bias: bool, rows: int) -> None:
+    x, weight, bias = random(rows, 64), random(7, 64, seed=1), random(7, seed=2) if with_bias else None
+    larger = torch.full((rows + 2, 7), 5.0, device=DEVICE)
+    out = larger[:rows]
+    assert form(x, weight, bias, out=out).data_ptr() == larger.data_ptr()
+    close(out, exact(x, weight, bias))
+    assert (larger[rows:] == 5).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

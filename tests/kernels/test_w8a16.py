@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from labkit.kernels import w8a16
 from labkit.kernels.w8a16 import One, Some, pack_int8, w8a16_linear
@@ -37,6 +39,17 @@ def test_the_op_is_a_linear_layer(dtype: torch.dtype) -> None:
     levels, scale = pack_int8(random(37, 96))
     found, expected = w8a16_linear(x, levels, scale, bias).double(), right(x, levels, scale, bias)
     assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 2e-3) * expected.norm()
+
+
+@pytest.mark.parametrize("form", [w8a16_linear, w8a16.w8a16_linear_triton])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_product_is_written_where_it_is_asked_for(form: Callable[..., Tensor], rows: int) -> None:
+    x, bias = random(rows, 512, seed=1).half(), random(7, seed=2).half()
+    levels, scale = pack_int8(random(7, 512))
+    larger = torch.full((rows + 2, 7), 5.0, dtype=torch.half, device=DEVICE)
+    out, expected = larger[:rows], right(x, levels, scale, bias)
+    assert form(x, levels, scale, bias, out).data_ptr() == larger.data_ptr()
+    assert (out.double() - expected).norm() <= 2e-3 * expected.norm() and (larger[rows:] == 5).all()
 
 
 @pytest.mark.parametrize(
